@@ -1,0 +1,1 @@
+"""Documents, splits and problems: what a model sees, and what it must not see."""

@@ -1,0 +1,80 @@
+"""Documents, and the batches in which a model is scored on them.
+
+Every document is opened by `<|endoftext|>` and followed by it: inputs are `<eot> d1 d2 … dn`, targets are
+`d1 d2 … dn <eot>`. So the first byte is predicted like any other, and stopping is something a model can learn.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from common.tokenization.protocol import END_OF_TEXT, Tokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with its name. `group` is what must not be split between train and test (the play of a scene)."""
+
+    name: str
+    group: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Aligned rows. `document_ids` is -1 at padding; `loss_mask` is True where a target counts."""
+
+    inputs: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"]
+    document_ids: Int[Tensor, "B T"]
+
+
+def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Int[Tensor, "T"]]:
+    """`<eot> text <eot>` of each document as int64 ids."""
+    end = tokenizer.specials[END_OF_TEXT]
+    texts = tokenizer.encode_batch([document.text for document in documents])
+    return [torch.tensor([end, *ids, end], dtype=torch.int64) for ids in texts]
+
+
+def scoring_batches(
+    sequences: Sequence[Int[Tensor, "T"]], *, length: int, overlap: int, batch_tokens: int = 16_384
+) -> Iterator[Batch]:
+    """Windows over each sequence in which every target counts exactly once.
+
+    A window after the first begins `overlap` tokens early: those are context and do not count again. For a model that
+    sees at most `overlap` tokens back, the result equals scoring each sequence in one piece.
+
+    Args:
+        sequences: token ids of each document, with the opening and closing `<eot>`.
+        length: tokens in a window; must exceed `overlap`.
+        batch_tokens: upper bound on B * T, unless one window alone is longer.
+    """
+    if length <= overlap:
+        raise ValueError(f"windows of {length} tokens cannot overlap by {overlap}: raise length or lower overlap")
+    windows = []  # (document, first input, first counted input, end)
+    for document, ids in enumerate(sequences):
+        total = len(ids) - 1
+        start = 0
+        while start == 0 or start + overlap < total:
+            windows.append((document, start, start + overlap if start else 0, min(start + length, total)))
+            start += length - overlap
+    # Rows of similar length together: little padding, and the order does not matter because nothing is averaged here.
+    windows.sort(key=lambda window: window[3] - window[1])
+    while windows:
+        longest = windows[-1][3] - windows[-1][1]
+        rows = [windows.pop() for _ in range(min(len(windows), max(1, batch_tokens // max(1, longest))))]
+        shape = (len(rows), longest)
+        inputs, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        loss_mask = torch.zeros(shape, dtype=torch.bool)
+        document_ids = torch.full(shape, -1, dtype=torch.int64)
+        for row, (document, start, counted, end) in enumerate(rows):
+            size = end - start
+            inputs[row, :size] = sequences[document][start:end]
+            targets[row, :size] = sequences[document][start + 1 : end + 1]
+            loss_mask[row, counted - start : size] = True
+            document_ids[row, :size] = document
+        yield Batch(inputs, targets, loss_mask, document_ids)

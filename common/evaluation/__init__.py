@@ -1,0 +1,1 @@
+"""Measuring: bits per byte, tasks, extraction, grading, traces."""

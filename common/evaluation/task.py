@@ -1,0 +1,126 @@
+"""What is measured: tasks that pose and grade problems, strategies that solve them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from common.data.problems import Problem, addition_problems
+from common.evaluation.extraction import extract_answer
+from common.evaluation.grading import grade
+
+
+class Grade(NamedTuple):
+    """`correct` is None where no answer could be read. `rule` says how `extracted` was found."""
+
+    correct: bool | None
+    extracted: str | None
+    rule: str
+    reason: str
+
+
+class Task(Protocol):
+    """Poses problems and grades what was written about them. A dataclass, so that its fields describe it."""
+
+    name: str
+
+    def problems(self, split: str, n: int | None, seed: int) -> list[Problem]: ...
+
+    def render(self, problem: Problem) -> str: ...
+
+    def grade(self, problem: Problem, text: str) -> Grade: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One call of a model: the prompt, what came back, and the model's log-probability of it (nats)."""
+
+    prompt: str
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    generated_tokens: int
+    logprob: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What a strategy hands in: the text to grade, and the model calls that led to it."""
+
+    answer: str
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Tokens and seconds over all steps."""
+        return {
+            "prompt_tokens": sum(step.prompt_tokens for step in self.steps),
+            "generated_tokens": sum(step.generated_tokens for step in self.steps),
+            "seconds": sum(step.seconds for step in self.steps),
+        }
+
+
+class Strategy(Protocol):
+    """A way to spend tokens on problems. The rooms of October and November are full of them."""
+
+    name: str
+
+    def solve(self, problems: Sequence[Problem], engine: Any) -> list[Solution]: ...
+
+
+def describe(thing: Any) -> dict[str, Any]:
+    """A task or strategy as plain values: its class and its fields. What is not a plain value counts by its name."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return describe(value)
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value if isinstance(value, str | int | float | bool | None) else getattr(value, "__qualname__", "?")
+
+    return {"kind": type(thing).__name__, **{f.name: plain(getattr(thing, f.name)) for f in dataclasses.fields(thing)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Addition:
+    """Sums of two numbers of at most `digits` digits, asked as `47+38=`.
+
+    Attributes:
+        answer_order: "forward" asks for 85, "reversed" for 58: the digits in the order in which a sum is carried out.
+        rule, normalise: how the answer is read and compared. Changing these changes the measurement, not the model.
+    """
+
+    digits: int = 2
+    answer_order: Literal["forward", "reversed"] = "forward"
+    rule: str = "whole"
+    normalise: str = "number"
+    name: str = "addition"
+
+    def problems(self, split: str = "test", n: int | None = None, seed: int = 0) -> list[Problem]:
+        """`n` problems of the split drawn without replacement, or all of them in order."""
+        everything = addition_problems(self.digits, split)
+        if n is None:
+            return everything
+        if not 1 <= n <= len(everything):
+            raise ValueError(f"{self.name} with {self.digits} digits has {len(everything)} {split} problems, not {n}")
+        return [everything[i] for i in np.random.default_rng(seed).permutation(len(everything))[:n]]
+
+    def render(self, problem: Problem) -> str:
+        return problem.question
+
+    def grade(self, problem: Problem, text: str) -> Grade:
+        extracted = extract_answer(text, self.rule)
+        if extracted is not None and self.answer_order == "reversed":
+            extracted = extracted[::-1]
+        gold = problem.answer[-1] if self.rule == "last_digit" else problem.answer
+        correct, reason = grade(extracted, gold, normalise=self.normalise)
+        return Grade(correct, extracted, self.rule, reason)
+
+    def random_guess(self, problem: Problem, seed: int = 0) -> str:
+        """A uniform draw from the possible sums, written as the task wants it: the control."""
+        guess = np.random.default_rng((seed, problem.index)).integers(0, 2 * (10**self.digits - 1), endpoint=True)
+        return str(guess)[:: -1 if self.answer_order == "reversed" else 1]

@@ -1,0 +1,84 @@
+"""Bits per byte of held-out text: what a language model is worth, in a unit that no tokenizer can change."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.data.documents import Document, scoring_batches, tokenize_documents
+from common.foundation.statistics import Interval, mean_ci
+from common.model.output import LanguageModel
+from common.tokenization.protocol import Tokenizer
+from common.training.loss import bits, token_nats
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Nats and bytes of each document. The end-of-text tokens are neither scored nor counted."""
+
+    names: list[str]
+    groups: list[str]
+    nats: list[float]
+    bytes: list[int]
+    tokens: int
+
+    def bits_per_byte(self) -> Interval:
+        """Over the whole text; the interval resamples documents, which are the independent items here."""
+        values = [bits(nats) / size for nats, size in zip(self.nats, self.bytes, strict=True)]
+        return mean_ci(values, weights=self.bytes)
+
+    def per_document(self) -> list[float]:
+        """Bits per byte of each document, for paired comparisons."""
+        return [bits(nats) / size for nats, size in zip(self.nats, self.bytes, strict=True)]
+
+    def by_group(self) -> dict[str, "TextScore"]:
+        """The same score for each group (each play)."""
+        parts = {}
+        for group in sorted(set(self.groups)):
+            rows = [i for i, name in enumerate(self.groups) if name == group]
+            parts[group] = TextScore(
+                [self.names[i] for i in rows],
+                [group] * len(rows),
+                [self.nats[i] for i in rows],
+                [self.bytes[i] for i in rows],
+                sum(self.bytes[i] for i in rows),
+            )
+        return parts
+
+
+@torch.inference_mode()
+def score_documents(
+    model: LanguageModel, tokenizer: Tokenizer, documents: Sequence[Document], *, length: int = 4096
+) -> TextScore:
+    """Score every byte of every document once, each with as much context as the model can use.
+
+    Raises ValueError on a document without text.
+    """
+    empty = [document.name for document in documents if not document.text]
+    if empty or not documents:
+        raise ValueError(f"nothing to score: {'no documents' if not documents else f'{empty[0]} is empty'}")
+    sequences = tokenize_documents(documents, tokenizer)
+    # Raw bytes of each token; a special token carries none and is not scored.
+    sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    nats = torch.zeros(len(documents), dtype=torch.float64)
+    count = torch.zeros(len(documents), dtype=torch.int64)
+    tokens = 0
+    for batch in scoring_batches(sequences, length=max(length, 2 * model.context_length), overlap=model.context_length):
+        logits = model(batch.inputs, document_ids=batch.document_ids).logits
+        scored = batch.loss_mask & (sizes[batch.targets] > 0)
+        owner = batch.document_ids[scored]
+        nats.index_add_(0, owner, token_nats(logits, batch.targets)[scored].double())
+        count.index_add_(0, owner, sizes[batch.targets][scored])
+        tokens += int(scored.sum())
+    names, groups = [document.name for document in documents], [document.group for document in documents]
+    return TextScore(names, groups, nats.tolist(), count.tolist(), tokens)
+
+
+def shuffle_characters(documents: Sequence[Document], seed: int = 0) -> list[Document]:
+    """The control: the characters of each document in random order. Frequencies stay, order goes."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = []
+    for document in documents:
+        order = torch.randperm(len(document.text), generator=generator).tolist()
+        shuffled.append(Document(document.name, document.group, "".join(document.text[i] for i in order)))
+    return shuffled

@@ -1,0 +1,1 @@
+"""What everything stands on: configs, runs and manifests, assets, statistics, devices, plots."""

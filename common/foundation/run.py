@@ -1,0 +1,302 @@
+"""Runs, not memories: every result comes with the record of what made it.
+
+    runs/<month>/<size>-<config hash>/
+        manifest.json    what ran: config, inputs, code, packages, machine, cost, status
+        metrics.jsonl    what was logged on the way
+        summary.json     what came out
+        ...              artifacts: checkpoints, figures, traces
+
+A run is finished when its manifest says so, and the manifest says so last: after the summary and every artifact are
+on disk, with their hashes in it. A run that raised is `crashed`; one that was killed still says `running` with a
+process that is gone, and reads as `interrupted`. Neither is ever returned by `latest`.
+"""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+import psutil
+
+from common.foundation import machine
+from common.foundation.code import code_hashes, git_state, room_hashes
+from common.foundation.config import as_dict, config_hash
+from common.foundation.files import (
+    append_json_line,
+    read_json,
+    read_json_lines,
+    set_aside,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from common.foundation.months import ROOT, load, month
+
+PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "tiktoken", "transformers", "reasoning-gym")
+RECORDS = ("manifest.json", "summary.json", "metrics.jsonl")
+
+
+def runs_root() -> Path:
+    """`$SPINE_RUNS`, or `runs/` in the repository."""
+    return Path(os.environ.get("SPINE_RUNS") or ROOT / "runs")
+
+
+def content_key(folder: str, config: Any, inputs: dict[str, str]) -> str:
+    """What decides the result of a run: its config, its inputs and its code. Equal keys: no need to run again."""
+    code = code_hashes(ROOT / month(folder).folder / "run.py")
+    return sha256_json({"config": as_dict(config), "inputs": inputs, "code": code})
+
+
+def run_directory(folder: str, config: Any) -> Path:
+    return runs_root() / month(folder).folder / f"{config.size}-{config_hash(config)}"
+
+
+def status(directory: str | Path) -> str:
+    """One of "absent", "running", "interrupted", "crashed", "damaged", "finished".
+
+    "damaged" is a run that finished, but whose summary or artifacts are no longer what its manifest says.
+    """
+    directory = Path(directory)
+    if not (directory / "manifest.json").exists():
+        return "absent"
+    manifest = read_json(directory / "manifest.json")
+    if manifest["status"] == "running":
+        here = manifest["machine"]["host"] == platform.node()
+        return "running" if here and psutil.pid_exists(manifest["pid"]) else "interrupted"
+    if manifest["status"] == "finished":
+        for name, digest in manifest["artifacts"].items():
+            path = directory / name
+            if not path.exists() or sha256_file(path) != digest:
+                return "damaged"
+    return manifest["status"]
+
+
+def latest(folder: str, size: str) -> Path | None:
+    """The directory of the newest finished run of that month and size, or None."""
+    folder = month(folder).folder
+    candidates = [
+        path
+        for path in (runs_root() / folder).glob(f"{size}-*")
+        if "." not in path.name and (path / "manifest.json").exists() and status(path) == "finished"
+    ]
+    return max(candidates, key=lambda path: read_json(path / "manifest.json")["ended"], default=None)
+
+
+def needed(folder: str, size: str) -> Path:
+    """Like `latest`, but raises FileNotFoundError that says which command makes the run."""
+    found = latest(folder, size)
+    if found is None:
+        raise FileNotFoundError(
+            f"no finished run of {folder} at size {size} under {runs_root()}. "
+            f"Make one: python -m common month {month(folder).number} --size {size}"
+        )
+    return found
+
+
+def planned(folder: str, config: Any) -> tuple[Path, str]:
+    """Where a run of this month and config would go, and its content key today."""
+    module = load(folder, "run")
+    return run_directory(folder, config), content_key(folder, config, input_hashes(module.INPUTS, config.size))
+
+
+def input_hashes(names: tuple[str, ...], size: str) -> dict[str, str]:
+    """The identity of each input: the pinned hash of an asset, or the content key of an earlier month's run."""
+    from common.foundation.assets import pinned_hash
+
+    return {
+        name: read_json(needed(name, size) / "manifest.json")["content_key"] if name[:2].isdigit() else pinned_hash(name)
+        for name in names
+    }
+
+
+def ensure(folder: str, size: str = "small", *, force: bool = False, **overrides: Any) -> Path:
+    """The finished run of a month with today's code and inputs; made now if there is none.
+
+    Earlier months that it needs are made first. `overrides` are fields of the month's Config.
+    """
+    module = load(folder, "run")
+    for name in module.INPUTS:
+        if name[:2].isdigit():
+            ensure(name, size)
+    config = module.configure(size=size, **overrides)
+    directory, key = planned(folder, config)
+    unchanged = status(directory) == "finished" and read_json(directory / "manifest.json")["content_key"] == key
+    if force or not unchanged:
+        if force and directory.exists():
+            set_aside(directory)
+        module.main(config)
+    return directory
+
+
+class Run:
+    """A run in progress: `with Run("01_spine", config, inputs=("shakespeare",)) as run: …`.
+
+    Entering creates or resumes the directory. Resuming keeps the artifacts of an interrupted run only if its content
+    key is the same; anything else is set aside under a numbered name. Leaving without `finish` is an error.
+
+    Attributes:
+        directory: where everything goes.
+        resumed: True if an interrupted attempt with the same content key left its files here.
+    """
+
+    def __init__(self, folder: str, config: Any, *, inputs: tuple[str, ...] = ()) -> None:
+        self.folder = month(folder).folder
+        self.config = config
+        self.directory = run_directory(folder, config)
+        self.resumed = False
+        self._inputs = input_hashes(inputs, config.size)
+        self._summary: dict[str, Any] | None = None
+        self._lock = filelock.FileLock(f"{self.directory}.lock")
+
+    def __enter__(self) -> Self:
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise RuntimeError(
+                f"{self.directory} is being written by another process. Wait for it, "
+                "or change the config or $SPINE_RUNS to run beside it."
+            ) from None
+        try:
+            self._start()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _start(self) -> None:
+        code = code_hashes(ROOT / self.folder / "run.py")
+        key = content_key(self.folder, self.config, self._inputs)
+        attempts = 1
+        if self.directory.exists():
+            try:
+                before = read_json(self.directory / "manifest.json")
+            except (ValueError, FileNotFoundError):
+                before = {}
+            self.resumed = before.get("content_key") == key and before.get("status") in ("running", "crashed")
+            if self.resumed:
+                attempts = before["attempts"] + 1
+                (self.directory / "metrics.jsonl").unlink(missing_ok=True)
+            else:
+                set_aside(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._wall, self._cpu = time.perf_counter(), machine.cpu_seconds()
+        self.manifest: dict[str, Any] = {
+            "format": 1,
+            "month": self.folder,
+            "size": self.config.size,
+            "status": "running",
+            "pid": os.getpid(),
+            "attempts": attempts,
+            "content_key": key,
+            "config": as_dict(self.config),
+            "seed": self.config.seed,
+            "inputs": self._inputs,
+            "tokenizer": None,
+            "identity": {"model": {}, "measurement": {}},
+            "code": room_hashes(code),
+            "git": git_state(),
+            "packages": {"python": platform.python_version(), **_versions()},
+            "machine": machine.describe_machine(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "tokens": {},
+            "flops": 0,
+        }
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.directory / "manifest.json", self.manifest)
+
+    def path(self, name: str) -> Path:
+        """The path of an artifact with this name."""
+        return self.directory / name
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        append_json_line(self.directory / "metrics.jsonl", values)
+
+    def identify(self, *, tokenizer: str, model: dict[str, Any], measurement: dict[str, Any]) -> None:
+        """Record what the numbers are numbers of.
+
+        Args:
+            tokenizer: its fingerprint.
+            model: whatever, changed, makes it another model (weights, training data).
+            measurement: whatever, changed, makes it another measurement (test data, unit, rules).
+        `common.foundation.compare` answers from these two whether the model or the measurement changed.
+        """
+        self.manifest["tokenizer"] = tokenizer
+        self.manifest["identity"] = {"model": model, "measurement": measurement}
+        self._write()
+
+    def spend(self, *, flops: int = 0, **tokens: int) -> None:
+        """Add to the bill: arithmetic operations, and tokens by kind (`trained=…`, `scored=…`, `generated=…`)."""
+        self.manifest["flops"] += int(flops)
+        for kind, count in tokens.items():
+            self.manifest["tokens"][kind] = self.manifest["tokens"].get(kind, 0) + int(count)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Hand over the summary. It is written when the block ends; its numbers must not depend on the clock."""
+        self._summary = summary
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.manifest["ended"] = datetime.now(UTC).isoformat(timespec="microseconds")
+            self.manifest["wall_seconds"] = round(time.perf_counter() - self._wall, 3)
+            self.manifest["cpu_seconds"] = round(machine.cpu_seconds() - self._cpu, 3)
+            self.manifest["peak_memory_bytes"] = machine.peak_memory_bytes()
+            if error is None and self._summary is None:
+                error = RuntimeError("the run ended without run.finish(summary)")
+                kind = type(error)
+            if error is not None:
+                self.manifest["status"] = "crashed"
+                self.manifest["error"] = "".join(traceback.format_exception_only(kind, error)).strip()
+                (self.directory / "summary.json").unlink(missing_ok=True)
+                self._write()
+                if trace is None:
+                    raise error
+                return
+            write_json(self.directory / "summary.json", self._summary)
+            # The status is the commit point: written last, with the hash of everything that it vouches for.
+            self.manifest["artifacts"] = {
+                path.relative_to(self.directory).as_posix(): sha256_file(path)
+                for path in sorted(self.directory.rglob("*"))
+                if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".partial")
+            }
+            self.manifest["status"] = "finished"
+            self._write()
+        finally:
+            self._lock.release()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return read_json_lines(Path(directory) / "metrics.jsonl")
+
+
+def result(directory: str | Path) -> dict[str, Any]:
+    """The summary of a finished run with its cost: what the last line on standard output shows."""
+    directory = Path(directory)
+    manifest, summary = read_json(directory / "manifest.json"), read_json(directory / "summary.json")
+    cost = {name: manifest[name] for name in ("wall_seconds", "cpu_seconds", "peak_memory_bytes", "tokens", "flops")}
+    return {**summary, "run": str(directory), "cost": cost}
+
+
+def announce(text: str) -> None:
+    """Say something to a person: on standard error, because standard output ends with one JSON object."""
+    print(text, file=sys.stderr, flush=True)

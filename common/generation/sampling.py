@@ -1,0 +1,90 @@
+"""From logits to a token: one definition of temperature, top-k, top-p and min-p, and one source of randomness.
+
+Randomness is an input, not a side effect: each row brings a number in [0, 1) that is looked up in the cumulative
+distribution. So a row's token depends on its own logits and its own number, never on its neighbours in the batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. `temperature=0` is greedy, exactly. The filters apply in this order: temperature, top-k, top-p, min-p.
+
+    Attributes:
+        top_k: keep the k most probable tokens, exactly k; on a tie the smaller id stays. None keeps all.
+        top_p: keep the smallest set of most probable tokens whose probabilities reach top_p (Holtzman et al. 2019).
+        min_p: drop tokens below min_p times the largest probability.
+        max_tokens: stop after this many generated tokens.
+        stop: stop when the generated text (never the prompt) contains one of these; it is cut off.
+        n: samples for each prompt.
+        seed: sample k of prompt i depends on (seed, i, k) alone.
+        logprobs: also return the model's log-probability of each token: natural log, before temperature and filters,
+            equal to what `Engine.score` returns for the same tokens.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    seed: int = 0
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (self.temperature >= 0, "at least 0 (0 is greedy)"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "stop": (not isinstance(self.stop, str) and all(self.stop), "a tuple of texts, none of them empty"),
+            "n": (self.n >= 1, "at least 1"),
+            "seed": (self.seed >= 0, "at least 0"),
+        }
+        for name, (holds, need) in rules.items():
+            if not holds:
+                raise ValueError(f"SamplingParams.{name} = {getattr(self, name)!r}: must be {need}")
+
+
+def probabilities(logits: Float[Tensor, "B V"], params: SamplingParams) -> Float[Tensor, "B V"]:
+    """The distribution that is sampled from, in double precision. Greedy puts everything on the first maximum."""
+    if params.temperature == 0:
+        return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+    p = torch.softmax(logits.double() / params.temperature, dim=1)  # (B, V)
+    if params.top_k is not None or params.top_p < 1:
+        # A stable sort makes ties a rule (smaller id first) instead of an accident.
+        ranked, order = torch.sort(p, dim=1, descending=True, stable=True)
+        keep = torch.ones_like(ranked, dtype=torch.bool)
+        if params.top_k is not None:
+            keep[:, params.top_k :] = False
+        if params.top_p < 1:
+            kept = ranked * keep
+            kept = kept / kept.sum(dim=1, keepdim=True)
+            before = kept.cumsum(dim=1) - kept  # the mass of everything more probable
+            keep &= before < params.top_p
+        p = torch.zeros_like(p).scatter_(1, order, ranked * keep)
+    if params.min_p > 0:
+        p = torch.where(p >= params.min_p * p.amax(dim=1, keepdim=True), p, 0.0)
+    return p / p.sum(dim=1, keepdim=True)
+
+
+def sample(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """One token a row: the first whose cumulative probability exceeds the row's number in [0, 1)."""
+    if params.temperature == 0:
+        return logits.argmax(dim=1)
+    cumulative = probabilities(logits, params).cumsum(dim=1)
+    target = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def uniform_numbers(seed: int, index: int, sample_index: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) that belong to sample `sample_index` of prompt `index`; a longer draw extends a shorter."""
+    return np.random.default_rng((seed, index, sample_index)).random(count)

@@ -1,0 +1,36 @@
+"""The one interface of every language model of the year."""
+
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: logits, and what the caller asked for besides."""
+
+    logits: Float[Tensor, "B T V"]
+    hidden: Any = None
+    aux: Any = None
+
+
+class LanguageModel(Protocol):
+    """Ids in, logits out. Position t of the output scores token t + 1 and depends on tokens up to t alone.
+
+    Attributes:
+        vocab_size: V.
+        context_length: how many tokens back an output can depend on; a longer input is allowed where the model says so.
+    """
+
+    vocab_size: int
+    context_length: int
+
+    def __call__(
+        self,
+        ids: Int[Tensor, "B T"],
+        *,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        pad_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> Output:
+        """`document_ids`: a token sees only its own document. `pad_mask`: True at padding, which nothing sees."""
+        ...

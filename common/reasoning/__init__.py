@@ -1,0 +1,1 @@
+"""Strategies: ways to spend tokens on a problem."""

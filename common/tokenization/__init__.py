@@ -1,0 +1,1 @@
+"""Text to ids and back, without loss: bytes now, byte pair encoding from February."""

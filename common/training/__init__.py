@@ -1,0 +1,1 @@
+"""The one loss of the year, and checkpoints."""
