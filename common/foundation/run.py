@@ -53,8 +53,8 @@ def content_key(folder: str, config: Any, inputs: dict[str, str]) -> str:
     return sha256_json({"config": as_dict(config), "inputs": inputs, "code": code})
 
 
-def run_directory(folder: str, config: Any) -> Path:
-    return runs_root() / month(folder).folder / f"{config.size}-{config_hash(config)}"
+def run_directory(folder: str, config: Any, root: Path | None = None) -> Path:
+    return (root or runs_root()) / month(folder).folder / f"{config.size}-{config_hash(config)}"
 
 
 def status(directory: str | Path) -> str:
@@ -140,15 +140,22 @@ class Run:
     Entering creates or resumes the directory. Resuming keeps the artifacts of an interrupted run only if its content
     key is the same; anything else is set aside under a numbered name. Leaving without `finish` is an error.
 
+    Args:
+        folder: the month.
+        config: a dataclass with `size` and `seed`.
+        inputs: names of assets, or folders of earlier months, that the result depends on.
+        root: instead of `$SPINE_RUNS` or `runs/`.
     Attributes:
         directory: where everything goes.
         resumed: True if an interrupted attempt with the same content key left its files here.
     """
 
-    def __init__(self, folder: str, config: Any, *, inputs: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: str, config: Any, *, inputs: tuple[str, ...] = (), root: Path | None = None
+    ) -> None:
         self.folder = month(folder).folder
         self.config = config
-        self.directory = run_directory(folder, config)
+        self.directory = run_directory(folder, config, root)
         self.resumed = False
         self._inputs = input_hashes(inputs, config.size)
         self._summary: dict[str, Any] | None = None

@@ -1,0 +1,130 @@
+"""Probes and failures: what a diagnostic is, and what a bug is, as code.
+
+A probe takes *handles*: plain callables and values with a stated meaning, listed in HANDLES. It names the ones it needs
+as its parameters and returns one number with its threshold. So a reader can hand it their own model, sampler, grader or
+loader, and the gallery can run every probe on every bug that has the handles.
+
+A probe never shares code with what it checks: an evaluator that aligns targets with the loader's own function cannot
+see a wrong shift.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+Specimen = Mapping[str, Any]  # handle name -> callable or value
+
+HANDLES = {
+    "model": "callable: ids (B, T) int64 -> logits (B, T, V)",
+    "vocab_size": "int: V",
+    "ids": "optional: typical token ids (B, T) for the model; random ones find less where most ids are rare",
+    "tokenizer": "the tokenizer of the model: encode(text) -> ids, decode(ids) -> text, vocab_size",
+    "train_texts": "list of texts the model was trained on",
+    "heldout_texts": "list of texts it is evaluated on",
+    "bits_per_byte": "callable: (model, texts) -> float, the evaluator under test",
+    "train_and_score": "callable: (train texts, held-out texts) -> bits per byte of a model trained on the spot",
+    "generate": "callable: (prompts: list of texts, seed: int) -> list of texts, one for each prompt",
+    "accuracy": "callable: (answer: question text -> answer text) -> float, the harness under test with any answerer",
+    "solver": "callable: question text -> right answer text, independent of the harness",
+    "save": "callable: (path) -> None, writes an artifact",
+    "load": "callable: (path) -> object, reads it back or raises",
+    "experiment": "callable: (folder, setting: 0 or 1, interrupt: bool) -> result, None if interrupted",
+    "run_status": "callable: (body: callable) -> status text of a run whose body is called",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A number that measures a violation, and the largest value that healthy code may show."""
+
+    value: float
+    threshold: float
+    note: str = ""
+
+    @property
+    def caught(self) -> bool:
+        return not self.value <= self.threshold  # NaN is caught
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A named diagnostic. Call it with its handles: `future_perturbation(model=mine, vocab_size=50257)`."""
+
+    name: str
+    question: str
+    measure: Callable[..., Reading]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The handles without which the probe does not apply."""
+        parameters = inspect.signature(self.measure).parameters.values()
+        return tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
+
+    def applies_to(self, specimen: Specimen) -> bool:
+        return all(name in specimen for name in self.needs)
+
+    def __call__(self, **handles: Any) -> Reading:
+        return self.measure(**handles)
+
+    def examine(self, specimen: Specimen) -> tuple[Reading, float]:
+        """The reading on a specimen, and the CPU seconds it took. An exception is a reading of infinity."""
+        start = time.process_time()
+        try:
+            wanted = inspect.signature(self.measure).parameters
+            reading = self.measure(**{name: specimen[name] for name in wanted if name in specimen})
+        except Exception as error:
+            reading = Reading(float("inf"), 0.0, f"{type(error).__name__}: {error}")
+        return reading, time.process_time() - start
+
+
+def probe(name: str, question: str) -> Callable[[Callable[..., Reading]], Probe]:
+    """Make a Probe of a function whose parameters are handles. Those with a default are optional, or settings."""
+
+    def wrap(measure: Callable[..., Reading]) -> Probe:
+        made = Probe(name, question, measure)
+        unknown = [handle for handle in made.needs if handle not in HANDLES]
+        if unknown:
+            raise ValueError(f"probe {name!r} needs {unknown}, which are not in HANDLES: name and describe them there")
+        return made
+
+    return wrap
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A bug that happens to people, as code.
+
+    Attributes:
+        id: `<room>/<what>`, stable.
+        story: what happens, in two sentences, with a public source.
+        symptom: what one sees.
+        blind_spots: names of probes that apply and see nothing; tests check that.
+        broken, healthy: make the specimen with and without the bug (or a context manager that yields it).
+        probe: the name of the probe that catches it; None where nothing does.
+        survives: why nothing catches it, if nothing does.
+    """
+
+    id: str
+    month: str
+    title: str
+    story: str
+    symptom: str
+    fix: str
+    broken: Callable[[], Specimen | AbstractContextManager[Specimen]]
+    healthy: Callable[[], Specimen | AbstractContextManager[Specimen]]
+    probe: str | None
+    blind_spots: tuple[str, ...] = ()
+    survives: str = ""
+    source: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if (self.probe is None) != bool(self.survives):
+            raise ValueError(f"failure {self.id}: name a probe, or say in `survives` why none catches it; not both")
+
+
+def opened(made: Specimen | AbstractContextManager[Specimen]) -> AbstractContextManager[Specimen]:
+    """A specimen as a context manager, whether or not it needs one."""
+    return made if isinstance(made, AbstractContextManager) else nullcontext(made)
