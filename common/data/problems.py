@@ -6,6 +6,8 @@ training does not give away 47+38 in the test.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from common.data.documents import Document
 from common.data.split import FRACTIONS, hash_split
 
@@ -45,11 +47,21 @@ def addition_problems(digits: int, split: str) -> list[Problem]:
     ]
 
 
-def solved_documents(problems: list[Problem], *, reverse_answer: bool = False) -> list[Document]:
-    """Each problem with its answer as a document to train on; the answer's digits reversed on request."""
+def solved_documents(
+    problems: list[Problem], *, reverse_answer: bool = False, shuffle_answers: int | None = None
+) -> list[Document]:
+    """Each problem with its answer as a document to train on.
+
+    Args:
+        reverse_answer: write the digits of the answer from right to left.
+        shuffle_answers: a seed; every problem gets the answer of another one (a control: form without knowledge).
+    """
+    answers = [problem.answer[:: -1 if reverse_answer else 1] for problem in problems]
+    if shuffle_answers is not None:
+        answers = [answers[i] for i in np.random.default_rng(shuffle_answers).permutation(len(answers))]
     return [
-        Document(problem.name, "addition", problem.question + problem.answer[:: -1 if reverse_answer else 1])
-        for problem in problems
+        Document(problem.name, "addition", problem.question + answer)
+        for problem, answer in zip(problems, answers, strict=True)
     ]
 
 

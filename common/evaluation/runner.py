@@ -34,11 +34,20 @@ class Report:
     cost: dict[str, float]
     traces: list[Trace]
 
+    @property
+    def tokens(self) -> int:
+        """Prompt and generated tokens together."""
+        return int(self.cost["prompt_tokens"] + self.cost["generated_tokens"])
+
+    def right(self) -> list[float]:
+        """1.0 for each problem that was solved, 0.0 for each other: what a paired comparison takes."""
+        return [float(trace["correct"] is True) for trace in self.traces]
+
     def __str__(self) -> str:
         return (
             f"accuracy {self.accuracy} on {self.accuracy.n:,} problems "
             f"({self.correct:,} right, {self.wrong:,} wrong, {self.unparsed:,} unreadable), "
-            f"{int(self.cost['prompt_tokens'] + self.cost['generated_tokens']):,} tokens"
+            f"{self.tokens:,} tokens"
         )
 
 

@@ -24,8 +24,11 @@ class TextScore:
 
     def bits_per_byte(self) -> Interval:
         """Over the whole text; the interval resamples documents, which are the independent items here."""
-        values = [bits(nats) / size for nats, size in zip(self.nats, self.bytes, strict=True)]
-        return mean_ci(values, weights=self.bytes)
+        return mean_ci(self.per_document(), weights=self.bytes)
+
+    def nats_per_byte(self) -> Interval:
+        """The same number in the unit of the loss: smaller by ln 2, and no better."""
+        return mean_ci([value / bits(1) for value in self.per_document()], weights=self.bytes)
 
     def per_document(self) -> list[float]:
         """Bits per byte of each document, for paired comparisons."""

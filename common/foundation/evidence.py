@@ -53,6 +53,11 @@ def claim(
     }
 
 
+def number(name: str, value: Interval | PairedDifference | float, unit: str, note: str = "") -> dict[str, Any]:
+    """One row of a summary's `numbers`, as the report and the README tables show it."""
+    return {"name": name, "value": _plain(value), "unit": unit, "note": note}
+
+
 def _ends(value: Interval | PairedDifference | float) -> tuple[float, float]:
     return (value, value) if isinstance(value, int | float) else (value.low, value.high)
 

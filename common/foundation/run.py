@@ -12,6 +12,7 @@ process that is gone, and reads as `interrupted`. Neither is ever returned by `l
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -19,6 +20,7 @@ import time
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 import filelock
@@ -26,7 +28,7 @@ import psutil
 
 from common.foundation import machine
 from common.foundation.code import code_hashes, git_state, room_hashes
-from common.foundation.config import as_dict, config_hash
+from common.foundation.config import as_dict, config_hash, resolve
 from common.foundation.files import (
     append_json_line,
     read_json,
@@ -99,6 +101,11 @@ def needed(folder: str, size: str) -> Path:
     return found
 
 
+def configure(module: ModuleType, **fields: Any) -> Any:
+    """The resolved config of a month's run.py: its Config with what the size implies filled in."""
+    return resolve(module.Config(**fields), module.SIZES)
+
+
 def planned(folder: str, config: Any) -> tuple[Path, str]:
     """Where a run of this month and config would go, and its content key today."""
     module = load(folder, "run")
@@ -116,15 +123,16 @@ def input_hashes(names: tuple[str, ...], size: str) -> dict[str, str]:
 
 
 def ensure(folder: str, size: str = "small", *, force: bool = False, **overrides: Any) -> Path:
-    """The finished run of a month with today's code and inputs; made now if there is none.
+    """The directory of the finished run of a month with today's code and inputs; made now if there is none.
 
-    Earlier months that it needs are made first. `overrides` are fields of the month's Config.
+    A month's run.py holds `Config` (a dataclass with `size` and `seed`), `SIZES`, `INPUTS` (names of assets, or folders
+    of earlier months) and `main(config)`, which makes the run. Earlier months that it needs are made first. `overrides` are fields of the month's Config.
     """
     module = load(folder, "run")
     for name in module.INPUTS:
         if name[:2].isdigit():
             ensure(name, size)
-    config = module.configure(size=size, **overrides)
+    config = configure(module, size=size, **overrides)
     directory, key = planned(folder, config)
     unchanged = status(directory) == "finished" and read_json(directory / "manifest.json")["content_key"] == key
     if force or not unchanged:
@@ -307,3 +315,15 @@ def result(directory: str | Path) -> dict[str, Any]:
 def announce(text: str) -> None:
     """Say something to a person: on standard error, because standard output ends with one JSON object."""
     print(text, file=sys.stderr, flush=True)
+
+
+def script(module_name: str) -> None:
+    """What `python <month>/run.py` does: read the config from the command line, run, print the result as JSON."""
+    import tyro
+
+    module = sys.modules[module_name]
+    config = resolve(tyro.cli(module.Config, description=module.__doc__), module.SIZES)
+    announce(f"config: {json.dumps(as_dict(config))}")
+    module.main(config)
+    folder = Path(module.__file__).resolve().parent.name
+    print(json.dumps(result(run_directory(folder, config))))

@@ -106,6 +106,13 @@ class NGram(nn.Module):
             levels.append({name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()})
         return cls(vocab_size, levels)
 
+    def truncated(self, order: int) -> Self:
+        """The model of a lower order that the same counts contain: no second pass over the text."""
+        if not 1 <= order <= self.order:
+            raise ValueError(f"a model of order {self.order} contains the orders 1 to {self.order}, not {order}")
+        names = ("keys", "offsets", "tokens", "counts")
+        return type(self)(self.vocab_size, [dict(zip(names, self.level(k), strict=True)) for k in range(order)])
+
     def level(self, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keys, offsets, tokens, counts) of the contexts of k tokens."""
         return tuple(getattr(self, f"level{k}_{name}") for name in ("keys", "offsets", "tokens", "counts"))

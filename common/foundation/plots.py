@@ -1,0 +1,147 @@
+"""One style for every figure of the year, and two kinds of figure that most of them are.
+
+Colours are those of Okabe and Ito, which readers with any colour vision can tell apart; lines also differ in dash and
+marker. Every figure comes with alt text, and its numbers can be printed, so that a test can compare them.
+"""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.foundation.statistics import Interval
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+MARKERS = "osD^vPX"
+
+
+def use_style() -> None:
+    """Set the style for this process."""
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7.0, 3.6),
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5,
+            "svg.hashsalt": "spine",
+        }
+    )
+
+
+def curves(
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[Interval | float]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    level: tuple[str, float] | None = None,
+) -> Figure:
+    """Lines over x, with error bars where the values are Intervals. `level` is a labelled horizontal line."""
+    use_style()
+    figure, axes = plt.subplots()
+    styles = itertools.cycle(zip(COLOURS, DASHES, MARKERS, strict=True))
+    for (label, values), (colour, dash, marker) in zip(lines.items(), styles, strict=False):
+        means = [_mean(value) for value in values]
+        axes.plot(x, means, color=colour, linestyle=dash, marker=marker, label=label)
+        if any(isinstance(value, Interval) for value in values):
+            axes.errorbar(x, means, yerr=_errors(values), fmt="none", ecolor=colour, capsize=3)
+    if level:
+        axes.axhline(level[1], color="0.35", linewidth=1, linestyle=":", label=level[0])
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if all(float(value).is_integer() for value in x):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure
+
+
+def bars(rows: Mapping[str, Interval | float], *, title: str, xlabel: str, limit: float | None = None) -> Figure:
+    """Horizontal bars, first row on top, each with its interval and its number beside it."""
+    use_style()
+    figure, axes = plt.subplots(figsize=(7.0, 0.9 + 0.42 * len(rows)))
+    means = [_mean(value) for value in rows.values()]
+    places = np.arange(len(rows))[::-1]
+    colours = list(itertools.islice(itertools.cycle(COLOURS), len(rows)))
+    axes.barh(places, means, color=colours, height=0.62, xerr=_errors(list(rows.values())), ecolor="0.25", capsize=3)
+    ends = [value.high if isinstance(value, Interval) else value for value in rows.values()]
+    for place, mean, end in zip(places, means, ends, strict=True):
+        axes.annotate(f"{mean:.3f}", (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(places, list(rows))
+    axes.grid(axis="y", visible=False)
+    axes.set(title=title, xlabel=xlabel, xlim=(0, limit or 1.12 * max([*ends, 1e-9])))
+    return figure
+
+
+def _mean(value: Interval | float) -> float:
+    return value.mean if isinstance(value, Interval) else float(value)
+
+
+def _errors(values: Sequence[Interval | float]) -> np.ndarray:
+    """Distances below and above the mean, (2, n); zero for exact values."""
+    pairs = [(v.mean - v.low, v.high - v.mean) if isinstance(v, Interval) else (0.0, 0.0) for v in values]
+    return np.clip(np.array(pairs).T, 0, None)
+
+
+def numbers(figure: Figure) -> list[str]:
+    """What is drawn, as text: for each labelled line its points, for each bar its length."""
+    found = []
+    for axes in figure.axes:
+        for line in axes.get_lines():
+            label, y = str(line.get_label()), np.asarray(line.get_ydata(), dtype=float)
+            if label.startswith("_") or not len(y):
+                continue
+            found.append(
+                f"{label}: n={len(y)}, first {y[0]:.3f}, last {y[-1]:.3f}, min {y.min():.3f}, max {y.max():.3f}"
+            )
+        names = [tick.get_text() for tick in axes.get_yticklabels()]
+        widths = [patch.get_width() for patch in axes.patches]
+        if widths and len(widths) == len(names):
+            found += [f"{name}: {width:.3f}" for name, width in zip(names, widths, strict=True)]
+    return found
+
+
+def alt_text(what: str, rows: Mapping[object, Interval | float]) -> str:
+    """Alt text with its numbers: `what`, then each label with its value.
+
+    >>> alt_text("Accuracy", {"asked": 0.5, "guessed": 0.125})
+    'Accuracy. asked: 0.500, guessed: 0.125'
+    """
+    return f"{what}. " + ", ".join(f"{label}: {_mean(value):.3f}" for label, value in rows.items())
+
+
+def save(figure: Figure, path: str | Path, *, alt: str, caption: str = "") -> dict[str, str]:
+    """Write the figure as PNG and return what a report needs: file name, alt text, caption."""
+    figure.savefig(path, dpi=140, metadata={"Software": None})
+    plt.close(figure)
+    return {"file": Path(path).name, "alt": alt, "caption": caption}
+
+
+def show(figure: Figure, *, alt: str) -> None:
+    """Display in a notebook: the alt text and the numbers as printed text, then the picture.
+
+    Tests compare the text and ignore the picture: it differs between machines where the numbers do not.
+    """
+    from IPython.display import Image, display
+
+    print(alt)
+    for line in numbers(figure):
+        print(f"  {line}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    display(Image(buffer.getvalue(), alt=alt))
