@@ -4,6 +4,7 @@ Most of these bugs leave a good model alone and spoil the number, the record or 
 looks (is it better than the unigram? do the samples look right?) stay silent on nearly all of them.
 """
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable
@@ -173,7 +174,7 @@ class SpecialsFirst(ByteTokenizer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.specials = {name: 0 for name in self.specials}
+        self.specials = dict.fromkeys(self.specials, 0)
 
     def encode(self, text: str, *, allow_special: object = False) -> list[int]:
         return [byte + 1 for byte in text.encode("utf-8")]
@@ -237,8 +238,12 @@ def sampling_with(draw: Callable[[int, int, int], float]) -> Specimen:
         rows, written = [ENGINE.encode(prompt) for prompt in prompts], [[] for _ in prompts]
         for step in range(24):
             uniforms = torch.tensor([draw(seed, i, step) for i in range(len(rows))])
-            context = torch.tensor([(row + new)[-MODEL.context_length :] for row, new in zip(rows, written, strict=True)])
-            for new, token in zip(written, sample(MODEL(context).logits[:, -1], SamplingParams(), uniforms), strict=True):
+            context = torch.tensor(
+                [(row + new)[-MODEL.context_length :] for row, new in zip(rows, written, strict=True)]
+            )
+            for new, token in zip(
+                written, sample(MODEL(context).logits[:, -1], SamplingParams(), uniforms), strict=True
+            ):
                 new.append(int(token))
         return [TOKENIZER.decode(new) for new in written]
 
@@ -362,250 +367,216 @@ def tuned_on_test() -> Specimen:
 
 USUAL = ("beats-unigram", "samples-look-right", "repeatable")
 
+january = functools.partial(Failure, month=MONTH, healthy=healthy)
+
 FAILURES = [
-    Failure(
+    january(
         id="spine/nats-as-bits",
-        month=MONTH,
         title="Nats reported as bits",
         story="The loss is in nats; the table says bits. A factor of 0.69 looks like the best result of the year.",
-        source="the same slip in another form (perplexity as the exponential of a sum): karpathy/char-rnn@df10ae2",
+        source="PyTorch's cross_entropy is in nats; no public report known to us",
         symptom="bits per byte 31 % lower than anybody else's, on every model alike",
         fix="Convert in one place, and check it with a model whose code length is known: log2(V) bits a token.",
         broken=nats_as_bits,
-        healthy=healthy,
         probe="uniform-model",
         blind_spots=USUAL,
     ),
-    Failure(
+    january(
         id="spine/mean-of-means",
-        month=MONTH,
         title="The mean of batch means",
         story="Each batch reports its mean, and the means are averaged. The short last batch counts as much as a long "
         "one, so the number moves with the batch size and the order of the documents.",
-        source="huggingface/transformers#34191 (the same average in gradient accumulation)",
+        source="huggingface/transformers#34191, the same average in gradient accumulation; keras-team/keras-hub#2958",
         symptom="the metric changes in the third digit when the batch size does",
         fix="Carry sums and counts to the end and divide once.",
         broken=mean_of_means,
-        healthy=healthy,
         probe="batch-composition",
         blind_spots=(*USUAL, "known-source"),
     ),
-    Failure(
+    january(
         id="spine/characters-for-bytes",
-        month=MONTH,
         title="Bits per character under the name bits per byte",
         story="The text is divided by len(text). On English the two agree, so nobody notices until the first accent.",
-        source="karpathy/nanochat#693 (byte lengths by way of decoded text)",
+        source="a relative: karpathy/nanochat#693, byte lengths taken from decoded text",
         symptom="numbers agree on Shakespeare and differ by half on other languages",
         fix="Count the raw bytes of the tokens that were scored.",
         broken=characters_for_bytes,
-        healthy=healthy,
         probe="uniform-model",
         blind_spots=(*USUAL, "known-source", "batch-composition"),
     ),
-    Failure(
+    january(
         id="spine/wrong-tokenizer",
-        month=MONTH,
         title="A tokenizer of another fingerprint",
-        story="Another release of the tokenizer puts the special token first. The vocabulary has the same size, so every "
-        "shape fits, and every id means the byte beside it.",
-        source="openai-style special tokens moved between releases; huggingface/trl#6206 (cached data, changed template)",
+        story="Another release of the tokenizer puts the special token first. The vocabulary has the same size, so "
+        "every shape fits, and every id means the byte beside it.",
+        source="a relative: allenai/open-instruct#1497, cached ids reused after the chat template changed",
         symptom="the loss of a good model is worse than that of a model without context",
         fix="Store the fingerprint in the checkpoint and refuse to load with another.",
         broken=wrong_tokenizer,
-        healthy=healthy,
         probe="own-text",
         blind_spots=("repeatable", "known-source", "uniform-model"),
     ),
-    Failure(
+    january(
         id="spine/train-in-heldout",
-        month=MONTH,
         title="A training play among the held-out ones",
-        story="The split was made by scene, or by a shuffled file list, and part of a training play is evaluated.",
-        source="contamination as a category: arXiv 2506.10947",
+        story="The split was made by scene, or on a shuffled list of files, so part of a training play is evaluated as unseen text.",
+        source="widely known",
         symptom="held-out loss a little too good; the gap to training closes",
         fix="Split by hash of the group, and look for shared spans.",
         broken=train_in_heldout,
-        healthy=healthy,
         probe="overlap",
         blind_spots=(*USUAL, "known-source"),
     ),
-    Failure(
+    january(
         id="spine/sees-the-target",
-        month=MONTH,
         title="The context includes the token to be predicted",
         story="A slice ends one too late, `ids[: t + 2]` for `ids[: t + 1]`. The loss has never been better.",
-        source="Lightning-AI/litgpt#419 (a loss without the shift)",
+        source="a relative: Lightning-AI/litgpt#407, a validation loss without the shift",
         symptom="loss below the entropy of the source; samples are unchanged, because nothing can be copied there",
         fix="Change the future and see that nothing before it moves.",
         broken=sees_the_target,
-        healthy=healthy,
         probe="future-perturbation",
         blind_spots=USUAL,
     ),
-    Failure(
+    january(
         id="spine/rows-in-one-line",
-        month=MONTH,
         title="Rows of a batch read as one text",
         story="A reshape lays the rows end to end, so the first tokens of a row are predicted from the row above it. "
         "Only a few positions of each row are wrong, and the loss hardly moves.",
-        source="Karpathy, A Recipe for Training Neural Networks: use backprop to chart dependencies",
+        source="A. Karpathy, A Recipe for Training Neural Networks (2019): view instead of transpose",
         symptom="none in the loss",
         fix="Change one row and see that the others stay.",
         broken=rows_in_one_line,
-        healthy=healthy,
         probe="cross-row",
         blind_spots=("samples-look-right", "repeatable"),
     ),
-    Failure(
+    january(
         id="spine/unseeded-sampling",
-        month=MONTH,
         title="The sampler ignores the seed",
         story="A fresh generator is made inside the sampler. Every run reports other samples and another accuracy.",
-        source="Lightning-AI/litgpt#1425 (unseeded order of data)",
+        source="Lightning-AI/litgpt#1425, a seed that was accepted and never passed on",
         symptom="results that cannot be repeated, and differences that are not there",
         fix="Make the random numbers a function of (seed, prompt, sample).",
         broken=unseeded_sampling,
-        healthy=healthy,
         probe="seed-determinism",
         blind_spots=USUAL,
     ),
-    Failure(
+    january(
         id="spine/shared-generator",
-        month=MONTH,
         title="One generator for the whole batch",
-        story="Rows draw from one generator in turn. Adding a prompt changes the samples of all others, so a resumed or "
-        "regrouped evaluation is another evaluation.",
-        source="reasoning-gym@272ebc5 (items seeded from a moving generator)",
+        story="Rows draw from one generator in turn. Adding a prompt changes the samples of all others, so a resumed "
+        "or regrouped evaluation is another evaluation.",
+        source="widely known",
         symptom="accuracy changes with the batch size, within the noise",
         fix="Give every row its own numbers.",
         broken=shared_generator,
-        healthy=healthy,
         probe="batch-independence",
         blind_spots=(*USUAL, "seed-determinism", "distinct-samples"),
     ),
-    Failure(
+    january(
         id="spine/same-draw-for-every-row",
-        month=MONTH,
         title="Every sample gets the same random numbers",
-        story="The generator is seeded inside the loop over samples. Sixteen samples of a prompt are one sample, sixteen "
-        "times, and voting over them cannot help.",
-        source="vllm-project/vllm#11953 (eight GPUs, identical samples); karpathy/nanochat#38",
+        story="The generator is seeded inside the loop over samples. Sixteen samples of a prompt are one sample, "
+        "sixteen times, and voting over them cannot help.",
+        source="karpathy/nanochat#38, the first sampled token broadcast to all rows; vllm-project/vllm#11953",
         symptom="pass@16 equals pass@1",
         fix="Put the sample index into the seed; count distinct samples.",
         broken=same_draw_for_every_row,
-        healthy=healthy,
         probe="distinct-samples",
         blind_spots=("beats-unigram", "repeatable", "seed-determinism", "batch-independence"),
     ),
-    Failure(
+    january(
         id="spine/shuffled-golds",
-        month=MONTH,
         title="Questions paired with other answers",
         story="Problems are shuffled, the list of right answers is not. A model that can do nothing looks the same as "
         "one that can do everything.",
-        source="allenai/open-instruct#1484",
+        source="allenai/open-instruct#1484, a second shuffle that left the answers behind",
         symptom="accuracy near chance whatever the model",
         fix="Keep question and answer in one record, and run a perfect answerer through the harness.",
         broken=shuffled_golds,
-        healthy=healthy,
         probe="oracle-solver",
         blind_spots=(*USUAL, "answer-attacks"),
     ),
-    Failure(
+    january(
         id="spine/substring-grading",
-        month=MONTH,
         title="An answer counts if it occurs in the right one",
         story="`answer in gold` forgives formatting. It also forgives saying nothing: the empty text is in every text.",
-        source="Visual-RFT#176; open-instruct#1683",
+        source="Visual-RFT#176, the empty answer always rewarded",
         symptom="accuracy rises as answers get shorter",
         fix="Extract, normalise, compare for equality; attack the grader with answers that are surely wrong.",
         broken=substring_grading,
-        healthy=healthy,
         probe="answer-attacks",
         blind_spots=(*USUAL, "oracle-solver"),
     ),
-    Failure(
+    january(
         id="spine/last-digit-grading",
-        month=MONTH,
         title="The extraction rule keeps the last digit",
-        story="A pattern without a quantifier takes one digit where it should take a number. In January's own task this "
-        "turns an accuracy of 0 % into 100 %.",
-        source="measured in this month's notebook",
+        story="A pattern without a quantifier takes one digit where it should take a number. In January's own task "
+        "this turns an accuracy of 0 % into 100 %.",
+        source="measured in the notebook of this month",
         symptom="a model that has learned the ones column is reported to add",
         fix="Grade answers that share a part with the right one; they must score nothing.",
         broken=last_digit_grading,
-        healthy=healthy,
         probe="answer-attacks",
         blind_spots=(*USUAL, "oracle-solver"),
     ),
-    Failure(
+    january(
         id="spine/partial-file",
-        month=MONTH,
         title="A partial file taken for a whole one",
-        story="The reader skips lines that do not parse, because a killed writer may leave one. So it also accepts a file "
-        "that lost half its lines, and reports the accuracy of the rest.",
-        source="volcengine/verl#4873 (a checkpoint replaced before the new one was complete)",
+        story="The reader skips lines that do not parse, because a killed writer may leave one. So it also accepts a "
+        "file that lost half its lines, and reports the accuracy of the rest.",
+        source="a relative: volcengine/verl#4873, the old checkpoint deleted before the new one was complete",
         symptom="n is smaller than it was; nobody prints n",
         fix="Write atomically, record the hash, and refuse what does not match.",
         broken=partial_file,
-        healthy=healthy,
         probe="truncation",
         blind_spots=USUAL,
     ),
-    Failure(
+    january(
         id="spine/resume-other-config",
-        month=MONTH,
         title="A resumed run continues another run's traces",
-        story="The evaluation continues whatever trace file it finds. After a change of the sampling settings, the first "
-        "third of the answers is the old system's.",
-        source="open-instruct#1497 (a cache reused after the template changed); lm-evaluation-harness#3654",
+        story="The evaluation continues whatever trace file it finds. After a change of the sampling settings, the "
+        "first third of the answers is the old system's.",
+        source="EleutherAI/lm-evaluation-harness#3881, a cache key without the generation settings",
         symptom="a change has a smaller effect than it should",
         fix="Put the identity of the evaluation at the head of its file and compare before continuing.",
         broken=resume_other_config,
-        healthy=healthy,
         probe="resume-equals-fresh",
         blind_spots=USUAL,
     ),
-    Failure(
+    january(
         id="spine/position-as-index",
-        month=MONTH,
         title="A resumed run draws other random numbers",
-        story="Random draws are seeded by the position in the batch. After a restart only the remaining problems are run, "
-        "so every position has moved, and the finished result depends on when the run was killed.",
-        source="pytorch/torchtitan#3908 (a loader restarted at 0 on the second resume)",
+        story="Random draws are seeded by the position in the batch. After a restart only the remaining problems are "
+        "run, so every position has moved, and the finished result depends on when the run was killed.",
+        source="a relative: pytorch/torchtitan#3907, a data stream that restarts on the second resume",
         symptom="an interrupted run ends with other numbers than an undisturbed one",
         fix="Seed by the problem's own index.",
         broken=position_as_index,
-        healthy=healthy,
         probe="resume-equals-fresh",
         blind_spots=(*USUAL, "seed-determinism"),
     ),
-    Failure(
+    january(
         id="spine/crash-looks-finished",
-        month=MONTH,
         title="A crashed run looks finished",
         story="Other tools look for summary.json, so it is written early. A run that dies leaves one behind.",
-        source="huggingface/open-r1#566 (an error that becomes a score)",
+        source="a relative: OpenEnv#1025, a crashed verifier recorded as a score of 0",
         symptom="a table with a row from a run that never ended",
         fix="Make the status the last thing that is written.",
         broken=crash_looks_finished,
-        healthy=healthy,
         probe="crash-status",
         blind_spots=USUAL,
     ),
-    Failure(
+    january(
         id="spine/tuned-on-test",
-        month=MONTH,
         title="The order of the model was chosen on the test plays",
         story="Four orders are tried and the one with the best test number is reported as the test number.",
         source="widely known; the reason for a third split",
         symptom="a result that shrinks on new text",
         fix="Choose on validation plays; look at the test plays once.",
         broken=tuned_on_test,
-        healthy=healthy,
         probe=None,
-        survives="The number is computed correctly; what is wrong is how often it was looked at. Only a text that nobody "
-        "has looked at shows the difference.",
+        survives="The number is computed correctly; what is wrong is how often it was looked at. Only a text that "
+        "nobody has looked at shows the difference.",
     ),
 ]

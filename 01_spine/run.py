@@ -76,7 +76,9 @@ def text_half(run: Run, config: Config) -> dict[str, Any]:
     plays = sorted({scene.group for scene in parts["train"]})[: config.plays]
     train = [scene for scene in parts["train"] if scene.group in plays]
     longest = fit(train, config.order + 2)
-    by_order = {n: score_documents(longest.truncated(n), TOKENIZER, parts["validation"]) for n in range(1, config.order + 3)}
+    by_order = {
+        n: score_documents(longest.truncated(n), TOKENIZER, parts["validation"]) for n in range(1, config.order + 3)
+    }
     curve = {n: score.bits_per_byte() for n, score in by_order.items()}
     for n, interval in curve.items():
         run.log(order=n, validation_bits_per_byte=interval.mean)
@@ -107,7 +109,9 @@ def text_half(run: Run, config: Config) -> dict[str, Any]:
             number("unigram, the same plays", floor, unit, "control: no context"),
             number(f"{name}, shuffled characters", control, unit, "control: no order to learn"),
         ],
-        "figures": [save(figure, run.path("orders.png"), alt=alt, caption="Scored on two plays kept apart for choosing.")],
+        "figures": [
+            save(figure, run.path("orders.png"), alt=alt, caption="Scored on two plays kept apart for choosing.")
+        ],
         "samples": [{"title": f"{name}, temperature 0.8", "text": "ROMEO:\n" + sample.text}],
         "model": {"text": model_fingerprint(model)},
         "measurement": {"text": sha256_json([scene.text for scene in parts["test"]])},

@@ -51,7 +51,7 @@ def failures_of(months: Iterable[Month]) -> list[Failure]:
 
 
 def kill_matrix(failures: Sequence[Failure], probes: Sequence[Probe] = ALL) -> list[Cell]:
-    """Measure every probe on the healthy specimen of each failure (once for each distinct one) and on the broken one."""
+    """Measure every probe on each distinct healthy specimen, then on the broken one of each failure."""
     cells = []
     healthy = {failure.healthy: failure for failure in failures}
     specimens = [(_healthy_name(f, list(healthy)), f.month, f.healthy, True) for f in healthy.values()]
@@ -106,7 +106,9 @@ def to_csv(cells: Sequence[Cell]) -> str:
     writer.writerow(COLUMNS)
     for cell in cells:
         values = asdict(cell)
-        values.update(value=f"{cell.value:.4g}", threshold=f"{cell.threshold:.4g}", cpu_seconds=f"{cell.cpu_seconds:.2f}")
+        values.update(
+            value=f"{cell.value:.4g}", threshold=f"{cell.threshold:.4g}", cpu_seconds=f"{cell.cpu_seconds:.2f}"
+        )
         writer.writerow([values[column] for column in COLUMNS])
     return text.getvalue()
 
@@ -134,8 +136,15 @@ def read_csv(path: Path = GALLERY) -> list[Cell]:
     return cells
 
 
+def merged(measured: Sequence[Cell], path: Path = GALLERY) -> list[Cell]:
+    """The committed matrix with the rows of the measured months replaced."""
+    months = {cell.month for cell in measured}
+    kept = [cell for cell in read_csv(path) if cell.month not in months] if path.exists() else []
+    return sorted([*kept, *measured], key=lambda cell: cell.month)  # stable: the order within a month stays
+
+
 def disagreements(measured: Sequence[Cell], committed: Sequence[Cell]) -> list[str]:
-    """Pairs whose verdict differs between two matrices, or that only one of them has. Values may differ in the digits."""
+    """Pairs whose verdict differs, or that only one of the two matrices has. Values may differ in their digits."""
     months = {cell.month for cell in measured}
     now = {(cell.failure, cell.probe): cell.verdict for cell in measured}
     then = {(cell.failure, cell.probe): cell.verdict for cell in committed if cell.month in months}
@@ -159,14 +168,17 @@ def as_text(cells: Sequence[Cell], failures: Sequence[Failure]) -> str:
     for name in names:
         row = [table.get((name, probe)) for probe in probes]
         shown = [
-            "  " if cell is None else f"{'>' if named.get(name) == cell.probe else ' '}{marks[cell.verdict]}" for cell in row
+            "  " if cell is None else f"{'>' if named.get(name) == cell.probe else ' '}{marks[cell.verdict]}"
+            for cell in row
         ]
         lines.append(f"{name:<{width}}  {' '.join(shown)}   {sum(c.cpu_seconds for c in row if c):7.2f}")
     lines.append("")
     for number, probe in enumerate(probes, 1):
         mine = [cell for cell in cells if cell.probe == probe]
         caught = sum(cell.verdict == "caught" for cell in mine)
-        lines.append(f"{number:>2} {probe:<20} catches {caught:>2}, {sum(c.cpu_seconds for c in mine):6.2f} CPU seconds")
+        lines.append(
+            f"{number:>2} {probe:<20} catches {caught:>2}, {sum(c.cpu_seconds for c in mine):6.2f} CPU seconds"
+        )
     lines.append("x caught (>x by its named probe)   . silent   - healthy code passes   ! false alarm")
     return "\n".join(lines)
 

@@ -87,7 +87,9 @@ def evaluate(
         start = time.perf_counter()
         solutions = strategy.solve(batch, engine)
         if len(solutions) != len(batch):
-            raise ValueError(f"strategy {strategy.name!r} returned {len(solutions)} solutions for {len(batch)} problems")
+            raise ValueError(
+                f"strategy {strategy.name!r} returned {len(solutions)} solutions for {len(batch)} problems"
+            )
         seconds = (time.perf_counter() - start) / len(batch)
         traces = [_trace(task, p, s, seconds) for p, s in zip(batch, solutions, strict=True)]
         if trace_path is not None:

@@ -70,9 +70,7 @@ def pick_device(name: str | None = None, *, measure_again: bool = False) -> Devi
             return Device(**read_json(cache))
         except (ValueError, TypeError):  # a damaged or older cache: measure again
             pass
-    found = Device(
-        name, hardware, threads, matmul_flops(name, torch.float32), matmul_flops(name, torch.bfloat16)
-    )
+    found = Device(name, hardware, threads, matmul_flops(name, torch.float32), matmul_flops(name, torch.bfloat16))
     write_json(cache, asdict(found))
     return found
 

@@ -117,7 +117,9 @@ def input_hashes(names: tuple[str, ...], size: str) -> dict[str, str]:
     from common.foundation.assets import pinned_hash
 
     return {
-        name: read_json(needed(name, size) / "manifest.json")["content_key"] if name[:2].isdigit() else pinned_hash(name)
+        name: read_json(needed(name, size) / "manifest.json")["content_key"]
+        if name[:2].isdigit()
+        else pinned_hash(name)
         for name in names
     }
 
@@ -126,7 +128,8 @@ def ensure(folder: str, size: str = "small", *, force: bool = False, **overrides
     """The directory of the finished run of a month with today's code and inputs; made now if there is none.
 
     A month's run.py holds `Config` (a dataclass with `size` and `seed`), `SIZES`, `INPUTS` (names of assets, or folders
-    of earlier months) and `main(config)`, which makes the run. Earlier months that it needs are made first. `overrides` are fields of the month's Config.
+    of earlier months) and `main(config)`, which makes the run. Earlier months that it needs are made first. `overrides`
+    are fields of the month's Config.
     """
     module = load(folder, "run")
     for name in module.INPUTS:
@@ -158,9 +161,7 @@ class Run:
         resumed: True if an interrupted attempt with the same content key left its files here.
     """
 
-    def __init__(
-        self, folder: str, config: Any, *, inputs: tuple[str, ...] = (), root: Path | None = None
-    ) -> None:
+    def __init__(self, folder: str, config: Any, *, inputs: tuple[str, ...] = (), root: Path | None = None) -> None:
         self.folder = month(folder).folder
         self.config = config
         self.directory = run_directory(folder, config, root)

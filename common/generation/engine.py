@@ -1,8 +1,8 @@
 """One engine for every model: generate and score, batched.
 
 This is the smallest honest form: each step runs the model on the last `context_length` tokens of every unfinished row.
-For an n-gram that is all it can see, so nothing is recomputed in vain; a transformer will bring its cache in May, behind
-the same two methods.
+For an n-gram that is all it can see, so nothing is recomputed in vain; a transformer will bring its cache in May,
+behind the same two methods.
 """
 
 import time
@@ -162,9 +162,7 @@ class Engine:
         return self.model(ids, pad_mask=pad_mask).logits[:, -1]
 
     @torch.inference_mode()
-    def score(
-        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
-    ) -> list[TokenScores]:
+    def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Log-probability of each token of `continuations[i]` after `prompts[i]`, natural log.
 
         Raises ValueError where a prompt is empty: the first token of nothing has no probability.

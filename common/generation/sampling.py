@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `temperature=0` is greedy, exactly. The filters apply in this order: temperature, top-k, top-p, min-p.
+    """How to sample. `temperature=0` is greedy, exactly. Order: temperature, top-k, top-p, min-p.
 
     Attributes:
         top_k: keep the k most probable tokens, exactly k; on a tie the smaller id stays. None keeps all.
@@ -86,5 +86,5 @@ def sample(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float
 
 
 def uniform_numbers(seed: int, index: int, sample_index: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) that belong to sample `sample_index` of prompt `index`; a longer draw extends a shorter."""
+    """`count` numbers in [0, 1) for one sample of one prompt. A longer draw begins with the shorter one."""
     return np.random.default_rng((seed, index, sample_index)).random(count)

@@ -124,7 +124,7 @@ class NGram(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         pad_mask: Bool[Tensor, "B T"] | None = None,
     ) -> Output:
-        """Log-probabilities of the next token at each position: logits that are already normalised. See LanguageModel."""
+        """Log-probabilities of the next token at each position: logits, already normalised. See LanguageModel."""
         if ids.ndim != 2:
             raise ValueError(f"ids must have shape (B, T), got {tuple(ids.shape)}")
         if ids.numel() and (ids.min() < 0 or ids.max() >= self.vocab_size):

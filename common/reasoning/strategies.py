@@ -1,4 +1,7 @@
-"""Strategies of January: ask once, add column by column, and not asking at all. Voting, scoring and refining come in October and November."""
+"""Strategies of January: ask once, add column by column, and not asking at all.
+
+Voting, scoring and refining come in October and November.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,12 +29,16 @@ def ask(engine: Engine, prompts: Sequence[str], params: SamplingParams, indices:
     ]
 
 
+ANSWER = SamplingParams(temperature=0, max_tokens=16, logprobs=True)
+COLUMN = SamplingParams(temperature=0, max_tokens=4, logprobs=True)
+
+
 @dataclass(frozen=True)
 class Ask:
     """One completion for each problem, greedy by default."""
 
     task: Task
-    params: SamplingParams = SamplingParams(temperature=0, max_tokens=16, logprobs=True)
+    params: SamplingParams = ANSWER
     name: str = "ask"
 
     def solve(self, problems: Sequence[Problem], engine: Engine) -> list[Solution]:
@@ -63,7 +70,7 @@ class Columns:
     The last carry is always written, so an answer may begin with 0.
     """
 
-    params: SamplingParams = SamplingParams(temperature=0, max_tokens=4, logprobs=True)
+    params: SamplingParams = COLUMN
     name: str = "columns"
 
     def solve(self, problems: Sequence[Problem], engine: Engine) -> list[Solution]:
@@ -80,6 +87,5 @@ class Columns:
                 digit, carry = f"{step.text}0"[:1], f"{step.text}00"[1]
                 written[i], carries[i] = digit + written[i], carry if carry.isdecimal() else "0"
         return [
-            Solution(carry + digits, tuple(made))
-            for carry, digits, made in zip(carries, written, steps, strict=True)
+            Solution(carry + digits, tuple(made)) for carry, digits, made in zip(carries, written, steps, strict=True)
         ]

@@ -43,7 +43,9 @@ def batch_independence(generate: Callable, heldout_texts: list[str]) -> Reading:
 
 
 @probe("distinct-samples", "are many samples of one prompt different from each other?")
-def distinct_samples(generate: Callable, heldout_texts: list[str], *, count: int = 16, tolerance: float = 0.5) -> Reading:
+def distinct_samples(
+    generate: Callable, heldout_texts: list[str], *, count: int = 16, tolerance: float = 0.5
+) -> Reading:
     """Share of duplicates among samples of the same prompt. A shared random state makes them all equal."""
     samples = generate([heldout_texts[0][:8]] * count, 7)
     return Reading(1 - len(set(samples)) / count, tolerance, "share of duplicates")

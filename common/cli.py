@@ -1,0 +1,274 @@
+"""The command line of the spine: `python -m common COMMAND`.
+
+Torch is imported only by the commands that need it, so that the help answers at once.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from common.foundation import months as calendar
+
+Size = Literal["tiny", "small", "medium", "large"]
+Positional = tyro.conf.Positional
+
+app = tyro.extras.SubcommandApp()
+
+
+def finish(value: Any, as_json: bool) -> None:
+    """With --json, the result as one JSON object on the last line."""
+    if as_json:
+        print(json.dumps(value))
+
+
+@app.command(name="year")
+def year(size: Size = "small", months: str = "1-12") -> None:
+    """Run the finished months in order and write runs/report.html.
+
+    An unchanged month is skipped; a month that was killed is resumed. A month whose input cannot be fetched is named in
+    the report, and the year goes on.
+    """
+    from common.foundation.assets import AssetUnavailable
+    from common.foundation.report import write_report
+    from common.foundation.run import announce, ensure, result
+
+    wanted = calendar.months_in(months)
+    done, notes = {}, {}
+    for month in wanted:
+        if not calendar.is_built(month.folder):
+            continue
+        announce(f"== {month.name}: {month.title}")
+        try:
+            with redirect_stdout(sys.stderr):
+                done[month.folder] = result(ensure(month.folder, size))
+        except AssetUnavailable as error:
+            notes[month.folder] = str(error)
+            announce(str(error))
+    missing = [month.folder for month in wanted if not calendar.is_built(month.folder)]
+    if missing:
+        announce(f"not built yet: {', '.join(missing)}")
+    report = write_report(size, notes)
+    announce(f"report: {report}")
+    print(json.dumps({"size": size, "months": done, "skipped": notes, "report": str(report)}))
+    if notes:
+        sys.exit(1)
+
+
+@app.command(name="month")
+def month(number: Positional[int], size: Size = "small", force: bool = False, set: tuple[str, ...] = ()) -> None:
+    """Run one month and print its summary as JSON.
+
+    Args:
+        number: 1 for January.
+        size: the one dial.
+        force: run again although nothing changed; the old run is set aside, not deleted.
+        set: overrides of the month's config, such as `--set order=4 rule=last_digit`.
+    """
+    from common.foundation.run import ensure, result
+
+    folder = calendar.month(number).folder
+    config = calendar.load(folder, "run").Config
+    with redirect_stdout(sys.stderr):
+        directory = ensure(folder, size, force=force, **overrides(config, set))
+    print(json.dumps(result(directory)))
+
+
+def overrides(config: type, pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Typed values of `field=value` texts. Raises ValueError that names the field or the value."""
+    values = {}
+    names = [field.name for field in dataclasses.fields(config)]
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in names:
+            raise ValueError(f"--set {pair}: write field=value with one of {', '.join(names)}")
+        values[name] = getattr(tyro.cli(config, args=[f"--{name.replace('_', '-')}", text]), name)
+    return values
+
+
+@app.command(name="gallery")
+def gallery(months: Positional[str] = "1-12", write: bool = False, check: bool = False, json: bool = False) -> None:
+    """Run the failure gallery: every bug against every probe that applies.
+
+    Args:
+        months: a month or a range, such as 01 or 1-3.
+        write: replace the rows of these months in gallery.csv.
+        check: fail if the measured verdicts are not the committed ones.
+    """
+    from common.diagnostics import gallery as rooms
+
+    measured, failures = rooms.measure([m for m in calendar.months_in(months) if calendar.is_built(m.folder)])
+    print(rooms.as_text(measured, failures))
+    wrong = rooms.problems_with(measured, failures)
+    if write:
+        rooms.write_csv(rooms.merged(measured))
+    if check:
+        wrong += rooms.disagreements(measured, rooms.read_csv())
+    print("\n".join(wrong) if wrong else f"{len(failures)} failures: each as its entry says; healthy code passes")
+    finish({"failures": len(failures), "cells": len(measured), "problems": wrong}, json)
+    if wrong:
+        sys.exit(1)
+
+
+@app.command(name="doctor")
+def doctor(hf: str | None = None, size: Size = "small", json: bool = False) -> None:
+    """Point the model probes at a model: a Hugging Face folder or hub name, or our latest one.
+
+    Args:
+        hf: what `AutoModelForCausalLM.from_pretrained` accepts.
+        size: size of our run, without --hf.
+    """
+    from common.diagnostics.doctor import doctor as examine
+
+    if hf is not None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(hf).eval()
+        found = examine(lambda ids: model(ids).logits, model.config.vocab_size)
+    else:
+        engine = trained("text", size)
+        found = examine(engine.model, engine.model.vocab_size)
+    print(found)
+    finish({"healthy": found.healthy, "readings": {n: r.value for n, r in found.readings.items()}}, json)
+    if not found.healthy:
+        sys.exit(1)
+
+
+@app.command(name="assets")
+def assets(fetch: Positional[tuple[str, ...]] = (), json: bool = False) -> None:
+    """List the real inputs, or fetch some by name.
+
+    Args:
+        fetch: names of assets; none lists all.
+    """
+    from common.foundation import assets as store
+
+    rows = {}
+    for name, entry in store.catalogue().items():
+        path = store.asset(name) if name in fetch else None
+        rows[name] = {"about": entry.about, "licence": entry.licence, "cached": store.is_cached(name)}
+        if path or not fetch:
+            print(f"{name:<16} {'here' if rows[name]['cached'] else 'not fetched':<12} {entry.about} ({entry.licence})")
+    for name in fetch:
+        store.find(name)
+    finish(rows, json)
+
+
+@app.command(name="report")
+def report(size: Size = "small", readme: bool = False, json: bool = False) -> None:
+    """Write runs/report.html from the finished runs.
+
+    Args:
+        readme: also write the numbers of these runs into the tables of the READMEs.
+    """
+    from common.foundation.readme import update_readmes
+    from common.foundation.report import write_report
+
+    path = write_report(size)
+    changed = update_readmes(size) if readme else []
+    print(path, *changed, sep="\n")
+    finish({"report": str(path), "readmes": [str(one) for one in changed]}, json)
+
+
+@app.command(name="reproduce")
+def reproduce(run: Positional[Path], json: bool = False) -> None:
+    """Run a finished run again elsewhere and say which numbers agree, to which digit."""
+    from common.foundation.reproduce import reproduce as again
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        outcome = again(run, Path(folder))
+    print(outcome)
+    finish(outcome.as_dict(), json)
+    if not outcome.agrees:
+        sys.exit(1)
+
+
+@app.command(name="compare")
+def compare(a: Positional[Path], b: Positional[Path], json: bool = False) -> None:
+    """Two runs of a month: did the model change, or only the measurement?"""
+    from common.foundation.compare import compare as answer
+
+    found = answer(a, b)
+    print(found)
+    finish({"verdict": found.verdict, "model": found.model, "measurement": found.measurement}, json)
+
+
+@app.command(name="sample")
+def sample(
+    prompt: str = "ROMEO:\\n",
+    max_tokens: int = 300,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    n: int = 1,
+    seed: int = 0,
+    size: Size = "small",
+    json: bool = False,
+) -> None:
+    """Let the latest text model continue a prompt."""
+    from common.generation.sampling import SamplingParams
+
+    engine = trained("text", size)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, n=n, seed=seed, logprobs=True
+    )
+    text = prompt.replace("\\n", "\n")
+    (completions,) = engine.generate([engine.encode(text)], params)
+    for completion in completions:
+        print(text + completion.text, end="\n\n")
+    finish([dataclasses.asdict(completion) for completion in completions], json)
+
+
+@app.command(name="evaluate")
+def evaluate(
+    strategy: Literal["columns", "ask"] = "columns",
+    n: int = 200,
+    rule: str = "whole",
+    normalise: str = "number",
+    split: Literal["train", "validation", "test"] = "test",
+    seed: int = 0,
+    traces: Path | None = None,
+    size: Size = "small",
+    json: bool = False,
+) -> None:
+    """Solve and grade sums with the latest models.
+
+    Args:
+        traces: a file for the traces; an interrupted evaluation continues from it.
+    """
+    from common.evaluation.runner import evaluate as run
+    from common.evaluation.task import Addition
+    from common.reasoning.strategies import Ask, Columns
+
+    task = Addition(rule=rule, normalise=normalise)
+    chosen = Columns() if strategy == "columns" else Ask(task)
+    found = run(task, chosen, trained(strategy, size), n, split=split, seed=seed, trace_path=traces)
+    print(found)
+    finish({"accuracy": found.accuracy.as_dict(), "unparsed": found.unparsed, "cost": found.cost}, json)
+
+
+def trained(name: str, size: str) -> Any:
+    """An engine on a checkpoint of January's latest run; made now if there is none."""
+    from common.foundation.run import ensure, latest
+    from common.generation.engine import Engine
+    from common.tokenization.byte import ByteTokenizer
+    from common.training.checkpoint import load_checkpoint
+
+    with redirect_stdout(sys.stderr):
+        folder = latest("01_spine", size) or ensure("01_spine", size)
+    tokenizer = ByteTokenizer()
+    return Engine(load_checkpoint(folder / name, tokenizer), tokenizer)
+
+
+def main() -> None:
+    """Errors that a person can act on are one sentence, not a traceback."""
+    try:
+        app.cli(prog="python -m common", description="Foundations to Reasoning: one spine, twelve months.")
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
