@@ -419,7 +419,8 @@ FAILURES = [
     january(
         id="spine/train-in-heldout",
         title="A training play among the held-out ones",
-        story="The split was made by scene, or on a shuffled list of files, so part of a training play is evaluated as unseen text.",
+        story="The split was made by scene, or on a shuffled list of files, so part of a training "
+        "play is evaluated as unseen text.",
         source="widely known",
         symptom="held-out loss a little too good; the gap to training closes",
         fix="Split by hash of the group, and look for shared spans.",

@@ -151,14 +151,15 @@ def sums_half(run: Run, config: Config) -> dict[str, Any]:
         "random guess": guess.accuracy,
     }
     gain = paired_difference(columns.right(), unseen.right())
-    result = columns if config.strategy == "columns" else unseen
-    text = f"With the strategy {config.strategy!r}, unseen sums come out right more often than by guessing"
+    chosen = columns if config.strategy == "columns" else unseen
+    text = "Column by column, unseen sums come out right more often than by guessing"
     caption = "The second and third bar are the same answers of the same model; only the extraction rule differs."
     figure = bars(rows, title="The same counts, asked and graded in different ways", xlabel="accuracy", limit=1.15)
     steps = [f"{step['prompt']}{step['text']}" for step in columns.traces[0]["steps"]]
     return {
-        "claims": [claim(text, result.accuracy, guess.accuracy, unit="accuracy", cost={"tokens": result.tokens})],
-        "numbers": [number(name, interval, "accuracy", f"{interval.n:,} sums") for name, interval in rows.items()]
+        "claims": [claim(text, columns.accuracy, guess.accuracy, unit="accuracy", cost={"tokens": columns.tokens})],
+        "numbers": [number("unseen sums", chosen.accuracy, "accuracy", f"strategy {config.strategy!r}")]
+        + [number(name, interval, "accuracy", f"{interval.n:,} sums") for name, interval in rows.items()]
         + [number("gain of columns over asking", gain, "accuracy", f"paired, McNemar p = {gain.p_value:.1g}")],
         "figures": [save(figure, run.path("accuracy.png"), alt=alt_text("Accuracy", rows), caption=caption)],
         "samples": [{"title": f"{columns.traces[0]['question']} column by column", "text": "\n".join(steps)}],

@@ -87,6 +87,22 @@ def bars(rows: Mapping[str, Interval | float], *, title: str, xlabel: str, limit
     return figure
 
 
+def flow(rows: Sequence[tuple[str, str, str]], *, title: str) -> Figure:
+    """A trace drawn step by step: each row is (what went in, what came out, what was made of it)."""
+    use_style()
+    figure, axes = plt.subplots(figsize=(7.0, 0.6 + 0.55 * len(rows)))
+    axes.set(title=title, xlim=(0, 10), ylim=(-len(rows) + 0.4, 0.6))
+    axes.axis("off")
+    for place, (given, made, note) in enumerate(rows):
+        for x, text, colour in ((1.5, given, COLOURS[0]), (4.6, made, COLOURS[1])):
+            box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": colour}
+            axes.text(x, -place, text, ha="center", va="center", family="monospace", bbox=box)
+        arrow = {"arrowstyle": "->", "color": "0.35"}
+        axes.annotate("", xy=(3.9, -place), xytext=(2.6, -place), arrowprops=arrow)
+        axes.text(5.5, -place, note, va="center", color="0.25")
+    return figure
+
+
 def _mean(value: Interval | float) -> float:
     return value.mean if isinstance(value, Interval) else float(value)
 
