@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.data.documents import Document, tokenize_documents
+from common.data.documents import Document
 from common.data.problems import addition_problems, solved_documents
 from common.diagnostics.core import Failure, Specimen
 from common.diagnostics.sources import MarkovSource
@@ -45,7 +45,7 @@ def documents(texts: list[str]) -> list[Document]:
 
 
 def fit(texts: list[str], order: int = 3) -> NGram:
-    return NGram.fit(tokenize_documents(documents(texts), TOKENIZER), order, TOKENIZER.vocab_size)
+    return NGram.fit_documents(documents(texts), TOKENIZER, order)
 
 
 def bits_per_byte(model: NGram, texts: list[str], tokenizer: ByteTokenizer = TOKENIZER) -> float:
@@ -86,9 +86,8 @@ def load(path: Path) -> object:
 
 def small_task(setting: int) -> tuple[Addition, Ask, Engine]:
     """One-digit sums; setting 0 asks greedily, setting 1 samples."""
-    learned = tokenize_documents(solved_documents(addition_problems(1, "train")), TOKENIZER)
-    task = Addition(digits=1)
-    engine = Engine(NGram.fit(learned, 4, TOKENIZER.vocab_size), TOKENIZER)
+    task, learned = Addition(digits=1), solved_documents(addition_problems(1, "train"))
+    engine = Engine(NGram.fit_documents(learned, TOKENIZER, 4), TOKENIZER)
     return task, Ask(task, SamplingParams(temperature=float(setting), max_tokens=4)), engine
 
 

@@ -1,21 +1,20 @@
-"""January: two models, one spine. From raw plays and raw sums to graded, traced numbers.
+"""January: two models, one spine.
 
-A count-based language model of Shakespeare, measured in bits per byte on plays it has not seen; and the same kind of
-model, behind the same engine, that answers sums, measured as accuracy on sums it has not seen.
+A language model that counts, in bits per byte of plays it has not seen; the same kind of model, behind the same engine,
+answering sums that it has not seen. From raw text and raw sums to graded, traced numbers.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from common.data.corpora import shakespeare_scenes, split_by_play
-from common.data.documents import Document, tokenize_documents
 from common.data.problems import addition_problems, column_facts, solved_documents
-from common.evaluation.runner import Report, evaluate, regrade
+from common.evaluation.runner import Report, evaluate, regrade, trace_text
 from common.evaluation.task import Addition, Strategy
 from common.evaluation.text import score_documents, shuffle_characters
 from common.foundation.evidence import claim, number
 from common.foundation.files import sha256_json
-from common.foundation.plots import alt_text, bars, curves, save
+from common.foundation.plots import bars, curves, save
 from common.foundation.run import Run, announce, script
 from common.foundation.statistics import paired_difference
 from common.generation.engine import Engine
@@ -38,9 +37,9 @@ class Config:
     seed: int = 0
     order: int | None = None  # tokens in the longest n-gram of the text model
     plays: int | None = None  # training plays, in alphabetical order
-    strategy: str = "columns"  # how sums are solved: "columns" or "ask"
+    strategy: Literal["columns", "ask"] = "columns"  # how sums are solved
     problems: int | None = None  # held-out sums that are asked
-    unit: str = "bits"  # of the text number: "bits" or "nats" per byte
+    unit: Literal["bits", "nats"] = "bits"  # of the text number, per byte
     rule: str = "whole"  # how the answer is found in the text
     normalise: str = "number"  # how it is compared
 
@@ -49,7 +48,7 @@ SIZES = {
     "tiny": {"order": 4, "plays": 4, "problems": 200},
     "small": {"order": 5, "plays": 33, "problems": 1000},
     "medium": {"order": 6, "plays": 33, "problems": 1000},
-    "large": {"order": 6, "plays": 33, "problems": 1000},
+    "large": {"order": 6, "plays": 33, "problems": 1000},  # as medium: better hardware does not help counts
 }
 
 
@@ -57,51 +56,38 @@ def main(config: Config) -> None:
     with Run("01_spine", config, inputs=INPUTS) as run:
         announce(f"January, size {config.size}: under a minute on two cores -> {run.directory}")
         text, sums = text_half(run, config), sums_half(run, config)
-        measured = {name: getattr(config, name) for name in ("problems", "unit", "rule", "normalise")}
         run.identify(
             tokenizer=TOKENIZER.fingerprint,
             model={**text.pop("model"), **sums.pop("model"), "strategy": config.strategy},
-            measurement={**text.pop("measurement"), **measured},
+            measurement=text.pop("measurement")
+            | {name: getattr(config, name) for name in ("problems", "unit", "rule", "normalise")},
         )
         run.finish({"title": "Two models, one spine", **{key: text[key] + sums[key] for key in text}})
 
 
-def fit(documents: list[Document], order: int) -> NGram:
-    return NGram.fit(tokenize_documents(documents, TOKENIZER), order, TOKENIZER.vocab_size)
-
-
-def text_half(run: Run, config: Config) -> dict[str, Any]:
+def text_half(run: Run, config: Config) -> dict:
     """Count models of orders 1 to `order` + 2 on validation plays; the chosen one, once, on test plays."""
     parts = split_by_play(shakespeare_scenes())
     plays = sorted({scene.group for scene in parts["train"]})[: config.plays]
     train = [scene for scene in parts["train"] if scene.group in plays]
-    longest = fit(train, config.order + 2)
-    by_order = {
-        n: score_documents(longest.truncated(n), TOKENIZER, parts["validation"]) for n in range(1, config.order + 3)
-    }
-    curve = {n: score.bits_per_byte() for n, score in by_order.items()}
-    for n, interval in curve.items():
-        run.log(order=n, validation_bits_per_byte=interval.mean)
+    longest = NGram.fit_documents(train, TOKENIZER, config.order + 2)
+    noise = NGram.fit_documents(shuffle_characters(train), TOKENIZER, config.order)
     model = longest.truncated(config.order)
     save_checkpoint(run.path("text"), model, TOKENIZER)
-
-    test, unigram = (score_documents(m, TOKENIZER, parts["test"]) for m in (model, longest.truncated(1)))
-    noise = fit(shuffle_characters(train), config.order)
-    shuffled = score_documents(noise, TOKENIZER, shuffle_characters(parts["test"], seed=1))
-    value, floor, control = (getattr(s, f"{config.unit}_per_byte")() for s in (test, unigram, shuffled))
-    trained = sum(len(scene.text.encode()) for scene in train)
-    scored = sum(score.tokens for score in (*by_order.values(), test, unigram, shuffled))
-    params = SamplingParams(temperature=0.8, max_tokens=240, seed=config.seed)
-    engine = Engine(model, TOKENIZER)
+    by_order = [longest.truncated(n) for n in range(1, config.order + 3)]
+    curve = {m.order: score_documents(m, TOKENIZER, parts["validation"]).bits_per_byte() for m in by_order}
+    run.log(validation_bits_per_byte={n: interval.mean for n, interval in curve.items()})
+    scores = [score_documents(m, TOKENIZER, parts["test"]) for m in (model, longest.truncated(1))]
+    scores.append(score_documents(noise, TOKENIZER, shuffle_characters(parts["test"], seed=1)))
+    value, floor, control = (getattr(score, f"{config.unit}_per_byte")() for score in scores)
+    engine, params = Engine(model, TOKENIZER), SamplingParams(temperature=0.8, seed=config.seed)
     ((sample,),) = engine.generate([engine.encode("ROMEO:\n")], params)
+    trained, scored = sum(len(scene.text.encode()) for scene in train), sum(score.tokens for score in scores)
     run.spend(trained=2 * trained, scored=scored, generated=len(sample.ids), flops=scored * model.flops_per_token())
-
     unit, name = f"{config.unit} per byte", f"{config.order}-gram"
+    title, axes = "Longer contexts help until they are too rare", {"xlabel": "order", "ylabel": "bits per byte"}
+    figure = curves(list(curve), {"validation plays": list(curve.values())}, title=title, **axes)
     text, cost = f"A {name} of bytes codes unseen plays below the unigram", {"bytes counted": trained}
-    title = "Longer contexts help until they are too rare"
-    axes = {"xlabel": "order of the model (tokens in an n-gram)", "ylabel": "bits per byte, unseen plays"}
-    figure = curves(list(curve), {"trained on plays": list(curve.values())}, title=title, **axes)
-    alt = alt_text("Bits per byte on validation plays, by order of the model", curve)
     return {
         "claims": [claim(text, value, floor, better="lower", unit=unit, cost=cost)],
         "numbers": [
@@ -109,38 +95,34 @@ def text_half(run: Run, config: Config) -> dict[str, Any]:
             number("unigram, the same plays", floor, unit, "control: no context"),
             number(f"{name}, shuffled characters", control, unit, "control: no order to learn"),
         ],
-        "figures": [
-            save(figure, run.path("orders.png"), alt=alt, caption="Scored on two plays kept apart for choosing.")
-        ],
+        "figures": [save(figure, run.path("orders.png"), caption="On two plays kept apart for choosing.")],
         "samples": [{"title": f"{name}, temperature 0.8", "text": "ROMEO:\n" + sample.text}],
         "model": {"text": model_fingerprint(model)},
         "measurement": {"text": sha256_json([scene.text for scene in parts["test"]])},
     }
 
 
-def sums_half(run: Run, config: Config) -> dict[str, Any]:
+def sums_half(run: Run, config: Config) -> dict:
     """The same engine on two-digit sums: asked directly (seen, unseen), graded leniently, and column by column."""
     task, facts = Addition(rule=config.rule, normalise=config.normalise), column_facts()
-    models = {
-        "ask": fit(solved_documents(addition_problems(2, "train")), SUM_ORDER),
-        "columns": fit(solved_documents(facts, reverse_answer=True), SUM_ORDER),
-        "nonsense": fit(solved_documents(facts, reverse_answer=True, shuffle_answers=config.seed), SUM_ORDER),
+    learned = {
+        "ask": solved_documents(addition_problems(2, "train")),
+        "columns": solved_documents(facts, reverse_answer=True),
+        "nonsense": solved_documents(facts, reverse_answer=True, shuffle_answers=config.seed),
     }
+    models = {name: NGram.fit_documents(documents, TOKENIZER, SUM_ORDER) for name, documents in learned.items()}
     for name, model in models.items():
         save_checkpoint(run.path(name), model, TOKENIZER)
-    engines = {name: Engine(model, TOKENIZER) for name, model in models.items()}
 
-    def measure(name: str, strategy: Strategy, engine: Engine | None, split: str = "test") -> Report:
-        path = run.path(f"traces-{name}.jsonl")
+    def measure(name: str, strategy: Strategy, model: str | None, split: str = "test") -> Report:
+        engine, path = model and Engine(models[model], TOKENIZER), run.path(f"traces-{name}.jsonl")
         report = evaluate(task, strategy, engine, config.problems, split=split, trace_path=path)
-        run.spend(prompted=report.cost["prompt_tokens"], generated=report.cost["generated_tokens"])
-        run.log(evaluation=name, accuracy=report.accuracy.mean, tokens=report.tokens)
+        run.spend(asked=report.tokens)
+        run.log(evaluation=name, accuracy=report.accuracy.mean)
         return report
 
-    seen = measure("seen", Ask(task), engines["ask"], "train")
-    unseen = measure("unseen", Ask(task), engines["ask"])
-    columns = measure("columns", Columns(), engines["columns"])
-    nonsense = measure("nonsense", Columns(), engines["nonsense"])
+    seen, unseen = measure("seen", Ask(task), "ask", "train"), measure("unseen", Ask(task), "ask")
+    columns, nonsense = measure("columns", Columns(), "columns"), measure("nonsense", Columns(), "nonsense")
     guess = measure("guess", Scripted("random guess", task.random_guess), None)
     rows = {
         "asked, sums seen in training": seen.accuracy,
@@ -150,19 +132,18 @@ def sums_half(run: Run, config: Config) -> dict[str, Any]:
         "column by column, shuffled facts": nonsense.accuracy,
         "random guess": guess.accuracy,
     }
-    gain = paired_difference(columns.right(), unseen.right())
-    chosen = columns if config.strategy == "columns" else unseen
-    text = "Column by column, unseen sums come out right more often than by guessing"
-    caption = "The second and third bar are the same answers of the same model; only the extraction rule differs."
-    figure = bars(rows, title="The same counts, asked and graded in different ways", xlabel="accuracy", limit=1.15)
-    steps = [f"{step['prompt']}{step['text']}" for step in columns.traces[0]["steps"]]
+    chosen, gain = {"ask": unseen, "columns": columns}, paired_difference(columns.right(), unseen.right())
+    numbers = [number("unseen sums", chosen[config.strategy].accuracy, "accuracy", f"strategy {config.strategy!r}")]
+    numbers += [number(name, interval, "accuracy", f"{interval.n:,} sums") for name, interval in rows.items()]
+    numbers += [number("gain of columns over asking", gain, "accuracy", f"McNemar p = {gain.p_value:.1g}")]
+    text, cost = "Column by column, unseen sums come out right more often than by guessing", {"tokens": columns.tokens}
+    title, caption = "The same counts, asked and graded in different ways", "Orange: the bar above, graded differently."
+    figure = bars(rows, title=title, xlabel="accuracy", limit=1.15, highlight=list(rows)[2:3])
     return {
-        "claims": [claim(text, columns.accuracy, guess.accuracy, unit="accuracy", cost={"tokens": columns.tokens})],
-        "numbers": [number("unseen sums", chosen.accuracy, "accuracy", f"strategy {config.strategy!r}")]
-        + [number(name, interval, "accuracy", f"{interval.n:,} sums") for name, interval in rows.items()]
-        + [number("gain of columns over asking", gain, "accuracy", f"paired, McNemar p = {gain.p_value:.1g}")],
-        "figures": [save(figure, run.path("accuracy.png"), alt=alt_text("Accuracy", rows), caption=caption)],
-        "samples": [{"title": f"{columns.traces[0]['question']} column by column", "text": "\n".join(steps)}],
+        "claims": [claim(text, columns.accuracy, guess.accuracy, unit="accuracy", cost=cost)],
+        "numbers": numbers,
+        "figures": [save(figure, run.path("accuracy.png"), caption=caption)],
+        "samples": [{"title": "one sum, column by column", "text": trace_text(columns.traces[0])}],
         "model": {name: model_fingerprint(model) for name, model in models.items()},
     }
 

@@ -146,6 +146,13 @@ def read_traces(path: str | Path) -> list[Trace]:
     return read_json_lines(path)[1:]
 
 
+def trace_text(trace: Trace) -> str:
+    """A trace for people: the question, each step as it was asked and answered, and the verdict."""
+    steps = [f"  {step['prompt']} -> {step['text']}" for step in trace["steps"]]
+    said = {True: "right", False: "wrong", None: "unreadable"}[trace["correct"]]
+    return "\n".join([trace["question"], *steps, f"answer {trace['answer']}: {said} ({trace['reason']})"])
+
+
 def regrade(task: Task, traces: Sequence[Trace]) -> Report:
     """Grade the same texts again, with another rule or grader: the model is not asked again.
 

@@ -6,7 +6,7 @@ marker. Every figure comes with alt text, and its numbers can be printed, so tha
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -70,13 +70,20 @@ def curves(
     return figure
 
 
-def bars(rows: Mapping[str, Interval | float], *, title: str, xlabel: str, limit: float | None = None) -> Figure:
-    """Horizontal bars, first row on top, each with its interval and its number beside it."""
+def bars(
+    rows: Mapping[str, Interval | float],
+    *,
+    title: str,
+    xlabel: str,
+    limit: float | None = None,
+    highlight: Collection[str] = (),
+) -> Figure:
+    """Horizontal bars, first row on top, each with its interval and its number; the rows to look at in `highlight`."""
     use_style()
     figure, axes = plt.subplots(figsize=(7.0, 0.9 + 0.42 * len(rows)))
     means = [_mean(value) for value in rows.values()]
     places = np.arange(len(rows))[::-1]
-    colours = list(itertools.islice(itertools.cycle(COLOURS), len(rows)))
+    colours = [COLOURS[1] if name in highlight else COLOURS[0] for name in rows]
     axes.barh(places, means, color=colours, height=0.62, xerr=_errors(list(rows.values())), ecolor="0.25", capsize=3)
     ends = [value.high if isinstance(value, Interval) else value for value in rows.values()]
     for place, mean, end in zip(places, means, ends, strict=True):
@@ -140,8 +147,12 @@ def alt_text(what: str, rows: Mapping[object, Interval | float]) -> str:
     return f"{what}. " + ", ".join(f"{label}: {_mean(value):.3f}" for label, value in rows.items())
 
 
-def save(figure: Figure, path: str | Path, *, alt: str, caption: str = "") -> dict[str, str]:
-    """Write the figure as PNG and return what a report needs: file name, alt text, caption."""
+def save(figure: Figure, path: str | Path, *, caption: str, alt: str = "") -> dict[str, str]:
+    """Write the figure as PNG and return what a report needs: file name, alt text, caption.
+
+    Without `alt`, the alt text is the title and the numbers that are drawn.
+    """
+    alt = alt or f"{figure.axes[0].get_title(loc='left')}. {'; '.join(numbers(figure))}"
     figure.savefig(path, dpi=140, metadata={"Software": None})
     plt.close(figure)
     return {"file": Path(path).name, "alt": alt, "caption": caption}

@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from common.data.documents import Document, tokenize_documents
 from common.model.output import Output
+from common.tokenization.protocol import Tokenizer
 
 
 class NaiveNGram:
@@ -105,6 +107,11 @@ class NGram(nn.Module):
             arrays = {"keys": keys, "offsets": offsets, "tokens": tokens, "counts": counts}
             levels.append({name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()})
         return cls(vocab_size, levels)
+
+    @classmethod
+    def fit_documents(cls, documents: Sequence[Document], tokenizer: Tokenizer, order: int) -> Self:
+        """`fit` on texts: each document opened and closed by the end-of-text token."""
+        return cls.fit(tokenize_documents(documents, tokenizer), order, tokenizer.vocab_size)
 
     def truncated(self, order: int) -> Self:
         """The model of a lower order that the same counts contain: no second pass over the text."""
