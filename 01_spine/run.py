@@ -1,8 +1,4 @@
-"""January: two models, one spine.
-
-A language model that counts, in bits per byte of plays it has not seen; the same kind of model, behind the same engine,
-answering sums that it has not seen. From raw text and raw sums to graded, traced numbers.
-"""
+"""January: a language model and an adder that both only count, on one engine, from raw text to graded traces."""
 
 from dataclasses import dataclass
 from typing import Literal
