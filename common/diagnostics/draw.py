@@ -34,7 +34,7 @@ def matrix_figure(cells: Sequence[Cell], failures: Sequence[Failure]) -> Figure:
     axes.set_xticks(range(len(probes)), probes, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlim=(-0.6, len(probes) - 0.4), ylim=(len(names) - 0.4, -0.6), title="Which probe catches which bug")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.34), ncols=4, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 

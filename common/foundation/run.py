@@ -262,32 +262,37 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         try:
-            self.manifest["ended"] = datetime.now(UTC).isoformat(timespec="microseconds")
-            self.manifest["wall_seconds"] = round(time.perf_counter() - self._wall, 3)
-            self.manifest["cpu_seconds"] = round(machine.cpu_seconds() - self._cpu, 3)
-            self.manifest["peak_memory_bytes"] = machine.peak_memory_bytes()
-            if error is None and self._summary is None:
-                error = RuntimeError("the run ended without run.finish(summary)")
-                kind = type(error)
-            if error is not None:
-                self.manifest["status"] = "crashed"
-                self.manifest["error"] = "".join(traceback.format_exception_only(kind, error)).strip()
-                (self.directory / "summary.json").unlink(missing_ok=True)
-                self._write()
-                if trace is None:
-                    raise error
-                return
-            write_json(self.directory / "summary.json", self._summary)
-            # The status is the commit point: written last, with the hash of everything that it vouches for.
-            self.manifest["artifacts"] = {
-                path.relative_to(self.directory).as_posix(): sha256_file(path)
-                for path in sorted(self.directory.rglob("*"))
-                if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".partial")
-            }
-            self.manifest["status"] = "finished"
-            self._write()
+            if error is None:
+                self._commit()
+        except BaseException as late:
+            error = late
+            raise
         finally:
+            if error is not None:
+                (self.directory / "summary.json").unlink(missing_ok=True)
+                self._close("crashed", error="".join(traceback.format_exception_only(error)).strip())
             self._lock.release()
+
+    def _commit(self) -> None:
+        """Write the summary, then the status with the hash of everything that it vouches for: the commit point."""
+        if self._summary is None:
+            raise RuntimeError("the run ended without run.finish(summary)")
+        write_json(self.directory / "summary.json", self._summary)
+        artifacts = {
+            path.relative_to(self.directory).as_posix(): sha256_file(path)
+            for path in sorted(self.directory.rglob("*"))
+            if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".partial")
+        }
+        self._close("finished", artifacts=artifacts)
+
+    def _close(self, status: str, **more: Any) -> None:
+        self.manifest["status"] = status
+        self.manifest["ended"] = datetime.now(UTC).isoformat(timespec="microseconds")
+        self.manifest["wall_seconds"] = round(time.perf_counter() - self._wall, 3)
+        self.manifest["cpu_seconds"] = round(machine.cpu_seconds() - self._cpu, 3)
+        self.manifest["peak_memory_bytes"] = machine.peak_memory_bytes()
+        self.manifest.update(more)
+        self._write()
 
 
 def _versions() -> dict[str, str]:

@@ -81,8 +81,10 @@ def sample(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float
     if params.temperature == 0:
         return logits.argmax(dim=1)
     cumulative = probabilities(logits, params).cumsum(dim=1)
-    target = uniforms.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    total = cumulative[:, -1:]
+    # A number that rounded up to 1 must not fall off the end, onto a token of probability zero.
+    target = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
 def uniform_numbers(seed: int, index: int, sample_index: int, count: int) -> np.ndarray:

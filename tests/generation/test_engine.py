@@ -1,0 +1,118 @@
+"""The engine's promises: samples do not depend on neighbours, scores equal what was sampled, stops are exact."""
+
+import pytest
+import torch
+
+from common.data.problems import addition_problems
+from common.generation.engine import Engine
+from common.generation.sampling import SamplingParams
+from common.model.ngram import NGram
+from common.model.output import Output
+from common.tokenization.byte import ByteTokenizer
+
+WARM = SamplingParams(temperature=1.3, max_tokens=12, n=3, seed=5, logprobs=True)
+
+
+def test_a_sample_depends_on_seed_prompt_and_number_only(adder):
+    prompts = [adder.encode(text) for text in ("1+1=", "", "9+", "3+4=5", "7")]
+    whole = adder.generate(prompts, WARM)
+    for i, prompt in enumerate(prompts):
+        (alone,) = adder.generate([prompt], WARM, indices=[i])
+        assert [c.ids for c in alone] == [c.ids for c in whole[i]]
+    small = Engine(adder.model, adder.tokenizer, batch_size=2).generate(prompts, WARM)
+    assert [[c.ids for c in row] for row in small] == [[c.ids for c in row] for row in whole]
+    fewer = adder.generate(prompts, SamplingParams(**{**WARM.__dict__, "n": 1}))
+    assert [row[0].ids for row in fewer] == [row[0].ids for row in whole]
+    assert [c.ids for c in whole[0]] != [c.ids for c in adder.generate(prompts, SamplingParams(max_tokens=12, n=3))[0]]
+
+
+def test_scores_equal_the_logprobs_of_sampling(adder):
+    prompts = [adder.encode(text) for text in ("1+1=", "", "9+9=1")]
+    flat = [(p, c) for p, row in zip(prompts, adder.generate(prompts, WARM), strict=True) for c in row]
+    scores = adder.score([p for p, _ in flat], [c.ids for _, c in flat])
+    for (_, completion), score in zip(flat, scores, strict=True):
+        assert score.logprobs == pytest.approx(completion.logprobs, abs=1e-5)
+        assert score.sum == pytest.approx(sum(completion.logprobs), abs=1e-4)
+
+
+def test_scoring_does_not_depend_on_the_batch(adder):
+    prompts, continuations = [adder.encode("1+2=")] * 2, [[51], list(b"3 and much more")]
+    together = adder.score(prompts, continuations)
+    alone = adder.score(prompts[:1], continuations[:1])
+    assert together[0].logprobs == pytest.approx(alone[0].logprobs, abs=1e-6)
+    assert len(together[1].logprobs) == 15
+
+
+def test_greedy_answers_what_it_learned(adder):
+    problems = addition_problems(1, "train")
+    rows = adder.generate([adder.encode(problem.question) for problem in problems], SamplingParams(temperature=0))
+    assert [row[0].text for row in rows] == [problem.answer for problem in problems]
+    assert all(row[0].finish_reason == "end_of_text" for row in rows)
+    assert rows[-1][0].ids == [*problems[-1].answer.encode(), adder.end]
+    assert rows[-1][0].prompt_tokens == 5
+
+
+class Chant:
+    """Says the same text over and over, whatever it is given."""
+
+    vocab_size, context_length = 257, 64
+
+    def __init__(self, text):
+        self.text = text.encode()
+
+    def __call__(self, ids, *, document_ids=None, pad_mask=None):
+        logits = torch.full((*ids.shape, 257), -torch.inf)
+        for row in range(len(ids)):
+            said = int((~pad_mask[row]).sum()) - 1
+            logits[row, -1, self.text[said % len(self.text)]] = 0.0
+        return Output(logits)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ((), "to be or n", "length"),
+        (("or",), "to be ", "stop"),
+        (("be o", "be"), "to ", "stop"),
+        (("x",), "to be or n", "length"),
+    ],
+)
+def test_stop_texts(tokenizer, stop, text, reason):
+    engine = Engine(Chant("to be or not "), tokenizer)
+    ((done,),) = engine.generate([[256]], SamplingParams(temperature=0, max_tokens=10, stop=stop))
+    assert (done.text, done.finish_reason) == (text, reason)
+
+
+def test_a_stop_text_in_the_prompt_does_not_end_the_answer(tokenizer):
+    engine = Engine(Chant("abcd"), tokenizer)
+    ((done,),) = engine.generate([engine.encode("d")], SamplingParams(temperature=0, max_tokens=3, stop=("da", "d")))
+    assert done.text == "bc"
+    assert done.finish_reason == "stop"
+
+
+def test_half_a_character_is_not_lost_or_raised(tokenizer):
+    engine = Engine(Chant("é"), tokenizer)
+    ((done,),) = engine.generate([[256]], SamplingParams(temperature=0, max_tokens=3))
+    assert done.text == "é\ufffd"
+
+
+def test_bad_input_is_named(adder, tokenizer):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        adder.generate([[1], []], SamplingParams())
+    with pytest.raises(ValueError, match="2 prompts need as many indices, got 1"):
+        adder.generate([[1], [2]], SamplingParams(), indices=[0])
+    with pytest.raises(ValueError, match="1 prompts and 2 continuations"):
+        adder.score([[1]], [[1], [2]])
+    small = NGram.fit([torch.tensor([0, 1])], 1, 2)
+    with pytest.raises(ValueError, match="do not belong together"):
+        Engine(small, tokenizer)
+
+
+def test_no_prompts_no_completions(adder):
+    assert adder.generate([], SamplingParams()) == []
+    assert adder.score([], []) == []
+
+
+def test_other_specials_still_end(adder):
+    tokenizer = ByteTokenizer()
+    assert adder.end == tokenizer.specials["<|endoftext|>"]
