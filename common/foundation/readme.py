@@ -4,10 +4,12 @@
     ...
     <!-- /numbers:01_spine -->
 
-holds the table of a month's numbers; `<!-- year -->` … `<!-- /year -->` holds the table of all months. A test renders
-them again from a fresh run and compares.
+Blocks: `numbers:<month>` (the numbers of a month's latest run), `year` (all months), `gallery` (what gallery.csv says)
+and `size` (how much there is to read). A test renders them again from a fresh run and compares.
 """
 
+import csv
+import math
 import re
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from common.foundation.files import atomic_path, read_json
 from common.foundation.months import MONTHS, ROOT, is_built
 from common.foundation.report import show_value
 from common.foundation.run import latest, needed
+
+USUAL_LOOKS = ("beats-unigram", "samples-look-right", "repeatable")
 
 
 def numbers_table(folder: str, size: str) -> str:
@@ -27,21 +31,52 @@ def numbers_table(folder: str, size: str) -> str:
     return "\n".join([*lines, "", f"Size `{size}`, config `{directory.name}`."])
 
 
+def run_time(seconds: float) -> str:
+    """Coarse on purpose: a table must not change because a machine was busy.
+
+    >>> run_time(11), run_time(200)
+    ('under a minute', 'about 4 minutes')
+    """
+    return "under a minute" if seconds < 60 else f"about {math.ceil(seconds / 60)} minutes"
+
+
 def year_table(size: str) -> str:
     """All twelve months: title, claim with its number, and links to what is there."""
-    lines = ["| month | what | claim at size `small` | notebook | failures |", "|---|---|---|---|---|"]
+    lines = [f"| month | what | claim at size `{size}` | run time | notebook | failures |", "|---|---|---|---|---|---|"]
     for month in MONTHS:
         if not is_built(month.folder):
-            lines.append(f"| {month.number:02d} {month.name} | {month.title} | planned | | |")
+            lines.append(f"| {month.number:02d} {month.name} | {month.title} | planned | | | |")
             continue
         directory = latest(month.folder, size)
         claims = read_json(directory / "summary.json")["claims"] if directory else []
         said = "<br>".join(f"{c['text']}: {show_value(c['value'])} {c['unit']}".strip() for c in claims)
+        time = run_time(read_json(directory / "manifest.json")["wall_seconds"]) if directory else ""
         lines.append(
-            f"| [{month.number:02d} {month.name}]({month.folder}/README.md) | {month.title} | {said} "
+            f"| [{month.number:02d} {month.name}]({month.folder}/README.md) | {month.title} | {said} | {time} "
             f"| [read]({month.folder}/notebook.ipynb) | [read]({month.folder}/failures.ipynb) |"
         )
     return "\n".join(lines)
+
+
+def gallery_sentence() -> str:
+    """What the committed kill matrix says, in a sentence."""
+    with open(ROOT / "gallery.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if not row["failure"].startswith("healthy/")]
+    bugs = list(dict.fromkeys(row["failure"] for row in rows))
+    caught = {row["failure"] for row in rows if row["verdict"] == "caught"}
+    usual = {row["failure"] for row in rows if row["verdict"] == "caught" and row["probe"] in USUAL_LOOKS}
+    return (
+        f"{len(bugs)} bugs against {len({row['probe'] for row in rows})} probes: {len(caught)} are caught by a probe "
+        f"made for the purpose, {len(usual)} by the looks that everybody takes (`{'`, `'.join(USUAL_LOOKS)}`), "
+        f"{len(bugs) - len(caught)} by nothing."
+    )
+
+
+def size_sentence() -> str:
+    """How much there is to read, and how much it leans on: lines to the hundred, direct dependencies."""
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "common").rglob("*.py"))
+    pins = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
+    return f"`common/` has about {round(lines, -2):,} lines, comments included; {len(pins)} packages are pinned."
 
 
 def rendered(text: str, size: str) -> str:
@@ -49,11 +84,14 @@ def rendered(text: str, size: str) -> str:
 
     def block(match: re.Match) -> str:
         name, folder = match["name"], match["folder"]
-        body = year_table(size) if name == "year" else numbers_table(folder, size)
+        make = {"year": lambda: year_table(size), "gallery": gallery_sentence, "size": size_sentence}
+        body = numbers_table(folder, size) if name == "numbers" else make[name]()
         mark = name if folder is None else f"{name}:{folder}"
         return f"<!-- {mark} -->\n{body}\n<!-- /{mark} -->"
 
-    pattern = r"<!-- (?P<name>year|numbers)(?::(?P<folder>\w+))? -->\n.*?<!-- /(?P=name)(?::(?P=folder))? -->"
+    pattern = (
+        r"<!-- (?P<name>year|numbers|gallery|size)(?::(?P<folder>\w+))? -->\n.*?<!-- /(?P=name)(?::(?P=folder))? -->"
+    )
     return re.sub(pattern, block, text, flags=re.DOTALL)
 
 
