@@ -31,7 +31,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """mean(a) - mean(b) over the same items, with a paired bootstrap interval.
+    """mean(a) - mean(b) over the same items, with a paired interval.
 
     For zero-one values `only_a` and `only_b` count the items that just one of the two got right, and `p_value` is the
     exact McNemar test on them; otherwise they are None and the interval speaks alone.
@@ -122,29 +122,34 @@ def paired_difference(
     """How much better `a` is than `b`, item by item on the same items.
 
     Pairing removes what makes items easy or hard for both, so that small differences become visible: two separate
-    intervals may overlap while the paired one excludes zero. The p-value is the exact McNemar test (1947): under the
-    null, each item that only one of the two got right is a fair coin.
+    intervals may overlap while the paired one excludes zero. The interval is the paired bootstrap; for zero-one values
+    it is that of Bonett and Price (2012), which does not shrink to nothing when all items agree. The p-value is the
+    exact McNemar test (1947): under the null, each item that only one of the two got right is a fair coin.
 
     >>> a = [1] * 60 + [1] * 12 + [0] * 2 + [0] * 26     # 12 items only a, 2 only b
     >>> b = [1] * 60 + [0] * 12 + [1] * 2 + [0] * 26
     >>> print(paired_difference(a, b))
-    +0.100 [+0.030, +0.170], McNemar p = 0.013
+    +0.100 [+0.024, +0.173], McNemar p = 0.013
     """
     first, second = _values("a", a), _values("b", b)
     if len(first) != len(second):
         raise ValueError(f"paired values must belong to the same items: {len(first)} in a, {len(second)} in b")
     weight = np.ones(len(first)) if weights is None else _values("weights", weights)
-    gap = first - second
-    means = _resampled_means(gap * weight, weight, resamples, seed)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    gap, n = first - second, len(first)
     difference = float((gap * weight).sum() / weight.sum())
-    if not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
-        return PairedDifference(difference, float(low), float(high), len(first))
+    if weights is not None or not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
+        means = _resampled_means(gap * weight, weight, resamples, seed)
+        low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return PairedDifference(difference, float(low), float(high), n)
     only_a, only_b = int((gap > 0).sum()), int((gap < 0).sum())
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p_a, p_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = z * math.sqrt((p_a + p_b - (p_a - p_b) ** 2) / (n + 2))
+    low, high = max(-1.0, min(difference, p_a - p_b - half)), min(1.0, max(difference, p_a - p_b + half))
     discordant = only_a + only_b
     tail = sum(math.comb(discordant, k) for k in range(min(only_a, only_b) + 1))
     p_value = min(1.0, 2 * tail / 2**discordant)
-    return PairedDifference(difference, float(low), float(high), len(first), only_a, only_b, p_value)
+    return PairedDifference(difference, low, high, n, only_a, only_b, p_value)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -56,6 +56,25 @@ def test_mcnemar_equals_statsmodels(pairs):
     assert found.difference == pytest.approx(a.mean() - b.mean())
 
 
+def test_paired_interval_of_zeros_and_ones_covers_the_truth_and_is_never_empty():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        draw = rng.choice(4, size=50, p=[0.5, 0.2, 0.05, 0.25])  # both, only a, only b, neither
+        found = paired_difference(draw <= 1, (draw == 0) | (draw == 2))
+        hits += found.low <= 0.15 <= found.high
+    assert 0.92 <= hits / 400 <= 0.99
+    all_better = paired_difference([1.0] * 30, [0.0] * 30)
+    assert 0.8 < all_better.low < all_better.high == 1.0, "thirty of thirty is not certainty"
+
+
+def test_paired_interval_is_close_to_the_bootstrap_where_there_is_plenty():
+    rng = np.random.default_rng(1)
+    a, b = (rng.random(2000) < 0.6).astype(float), (rng.random(2000) < 0.5).astype(float)
+    exact, resampled = paired_difference(a, b), paired_difference(a, b, weights=np.ones(2000))
+    assert (exact.low, exact.high) == pytest.approx((resampled.low, resampled.high), abs=2e-3)
+
+
 def test_pairing_sees_what_separate_intervals_miss():
     rng = np.random.default_rng(0)
     difficulty = rng.normal(0, 10, size=200)
