@@ -138,59 +138,6 @@ def numbers(figure: Figure) -> list[str]:
     return found
 
 
-def flow(rows: Sequence[tuple[str, str, str]], *, title: str) -> Figure:
-    """A trace drawn step by step: each row is (what went in, what came out, what was made of it)."""
-    use_style()
-    figure, axes = plt.subplots(figsize=(7.0, 0.6 + 0.55 * len(rows)))
-    axes.set(title=title, xlim=(0, 10), ylim=(-len(rows) + 0.4, 0.6))
-    axes.axis("off")
-    for place, (given, made, note) in enumerate(rows):
-        for x, text, colour in ((1.5, given, COLOURS[0]), (4.6, made, COLOURS[1])):
-            box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": colour}
-            axes.text(x, -place, text, ha="center", va="center", family="monospace", bbox=box)
-        arrow = {"arrowstyle": "->", "color": "0.35"}
-        axes.annotate("", xy=(3.9, -place), xytext=(2.6, -place), arrowprops=arrow)
-        axes.text(5.5, -place, note, va="center", color="0.25")
-    return figure
-
-
-def _mean(value: Interval | float) -> float:
-    return value.mean if isinstance(value, Interval) else float(value)
-
-
-def _errors(values: Sequence[Interval | float]) -> np.ndarray:
-    """Distances below and above the mean, (2, n); zero for exact values."""
-    pairs = [(v.mean - v.low, v.high - v.mean) if isinstance(v, Interval) else (0.0, 0.0) for v in values]
-    return np.clip(np.array(pairs).T, 0, None)
-
-
-def numbers(figure: Figure) -> list[str]:
-    """What is drawn, as text: for each labelled line its points, for each bar its length."""
-    found = []
-    for axes in figure.axes:
-        for line in axes.get_lines():
-            label, y = str(line.get_label()), np.asarray(line.get_ydata(), dtype=float)
-            if label.startswith("_") or not len(y):
-                continue
-            found.append(
-                f"{label}: n={len(y)}, first {y[0]:.3f}, last {y[-1]:.3f}, min {y.min():.3f}, max {y.max():.3f}"
-            )
-        names = [tick.get_text() for tick in axes.get_yticklabels()]
-        widths = [patch.get_width() for patch in axes.patches]
-        if widths and len(widths) == len(names):
-            found += [f"{name}: {width:.3f}" for name, width in zip(names, widths, strict=True)]
-    return found
-
-
-def alt_text(what: str, rows: Mapping[object, Interval | float]) -> str:
-    """Alt text with its numbers: `what`, then each label with its value.
-
-    >>> alt_text("Accuracy", {"asked": 0.5, "guessed": 0.125})
-    'Accuracy. asked: 0.500, guessed: 0.125'
-    """
-    return f"{what}. " + ", ".join(f"{label}: {_mean(value):.3f}" for label, value in rows.items())
-
-
 def save(figure: Figure, path: str | Path, *, caption: str, alt: str = "") -> dict[str, str]:
     """Write the figure as PNG and return what a report needs: file name, alt text, caption.
 
