@@ -429,9 +429,10 @@ FAILURES = [
     ),
     january(
         id="spine/sees-the-target",
-        title="The context includes the token to be predicted",
-        story="A slice ends one too late, `ids[: t + 2]` for `ids[: t + 1]`. The loss has never been better.",
-        source="a relative: Lightning-AI/litgpt#407, a validation loss without the shift",
+        title="The prediction has seen the token to be predicted",
+        story="A window, a mask or a statistic includes the next token, and the prediction mixes it in. The loss has never "
+        "been better.",
+        source="a relative, where the loss got worse: Lightning-AI/litgpt#407, a validation loss without the shift",
         symptom="loss below the entropy of the source; samples are unchanged, because nothing can be copied there",
         fix="Change the future and see that nothing before it moves.",
         broken=sees_the_target,
@@ -444,7 +445,7 @@ FAILURES = [
         story="A reshape lays the rows end to end, so the first tokens of a row are predicted from the row above it. "
         "Only a few positions of each row are wrong, and the loss hardly moves.",
         source="A. Karpathy, A Recipe for Training Neural Networks (2019): view instead of transpose",
-        symptom="none in the loss",
+        symptom="nothing in the loss",
         fix="Change one row and see that the others stay.",
         broken=rows_in_one_line,
         probe="cross-row",
@@ -478,7 +479,7 @@ FAILURES = [
         title="Every sample gets the same random numbers",
         story="The generator is seeded inside the loop over samples. Sixteen samples of a prompt are one sample, "
         "sixteen times, and voting over them cannot help.",
-        source="karpathy/nanochat#38, the first sampled token broadcast to all rows; vllm-project/vllm#11953",
+        source="relatives: karpathy/nanochat#38, the first sampled token broadcast to all rows; vllm-project/vllm#11953",
         symptom="pass@16 equals pass@1",
         fix="Put the sample index into the seed; count distinct samples.",
         broken=same_draw_for_every_row,
@@ -501,7 +502,7 @@ FAILURES = [
         id="spine/substring-grading",
         title="An answer counts if it occurs in the right one",
         story="`answer in gold` forgives formatting. It also forgives saying nothing: the empty text is in every text.",
-        source="Visual-RFT#176, the empty answer always rewarded",
+        source="Liuziyu77/Visual-RFT#176, the empty answer always rewarded",
         symptom="accuracy rises as answers get shorter",
         fix="Extract, normalise, compare for equality; attack the grader with answers that are surely wrong.",
         broken=substring_grading,
@@ -511,8 +512,8 @@ FAILURES = [
     january(
         id="spine/last-digit-grading",
         title="The extraction rule keeps the last digit",
-        story="A pattern without a quantifier takes one digit where it should take a number. In January's own task "
-        "this turns an accuracy of 0 % into 100 %.",
+        story="A pattern without a quantifier takes one digit where it should take a number, from the answer and from the "
+        "right answer alike. In January's own task this turns an accuracy of 0 % into 100 %.",
         source="measured in the notebook of this month",
         symptom="a model that has learned the ones column is reported to add",
         fix="Grade answers that share a part with the right one; they must score nothing.",
@@ -560,7 +561,7 @@ FAILURES = [
         id="spine/crash-looks-finished",
         title="A crashed run looks finished",
         story="Other tools look for summary.json, so it is written early. A run that dies leaves one behind.",
-        source="a relative: OpenEnv#1025, a crashed verifier recorded as a score of 0",
+        source="a relative: huggingface/OpenEnv#1025, a crashed verifier recorded as a score of 0",
         symptom="a table with a row from a run that never ended",
         fix="Make the status the last thing that is written.",
         broken=crash_looks_finished,

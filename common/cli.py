@@ -14,6 +14,7 @@ from typing import Any, Literal
 import tyro
 
 from common.foundation import months as calendar
+from common.foundation.evidence import ClaimFailed
 
 Size = Literal["tiny", "small", "medium", "large"]
 Positional = tyro.conf.Positional
@@ -70,19 +71,24 @@ def month(number: Positional[int], size: Size = "small", force: bool = False, se
         force: run again although nothing changed; the old run is set aside, not deleted.
         set: overrides of the month's config, such as `--set order=4 rule=last_digit`.
     """
-    from common.foundation.run import ensure, result
+    from common.foundation.report import show_value
+    from common.foundation.run import announce, ensure, result
 
     folder = calendar.month(number).folder
     config = calendar.load(folder, "run").Config
     with redirect_stdout(sys.stderr):
         directory = ensure(folder, size, force=force, **overrides(config, set))
-    print(json.dumps(result(directory)))
+    found = result(directory)
+    for row in found["numbers"]:
+        announce(f"  {row['name']:<44} {show_value(row['value']):<24} {row['unit']}")
+    announce(f"record and figures: {directory}")
+    print(json.dumps(found))
 
 
 def overrides(config: type, pairs: tuple[str, ...]) -> dict[str, Any]:
     """Typed values of `field=value` texts. Raises ValueError that names the field or the value."""
     values = {}
-    names = [field.name for field in dataclasses.fields(config)]
+    names = [field.name for field in dataclasses.fields(config) if field.name != "size"]
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or name not in names:
@@ -102,7 +108,10 @@ def gallery(months: Positional[str] = "1-12", write: bool = False, check: bool =
     """
     from common.diagnostics import gallery as rooms
 
-    measured, failures = rooms.measure([m for m in calendar.months_in(months) if calendar.is_built(m.folder)])
+    wanted = [month for month in calendar.months_in(months) if calendar.is_built(month.folder)]
+    if not wanted:
+        raise ValueError(f"months {months}: none of them has a gallery yet")
+    measured, failures = rooms.measure(wanted)
     print(rooms.as_text(measured, failures))
     wrong = rooms.problems_with(measured, failures)
     if write:
@@ -116,23 +125,36 @@ def gallery(months: Positional[str] = "1-12", write: bool = False, check: bool =
 
 
 @app.command(name="doctor")
-def doctor(hf: str | None = None, size: Size = "small", json: bool = False) -> None:
+def doctor(hf: str | None = None, size: Size = "small", run: Path | None = None, json: bool = False) -> None:
     """Point the model probes at a model: a Hugging Face folder or hub name, or our latest one.
 
     Args:
         hf: what `AutoModelForCausalLM.from_pretrained` accepts.
         size: size of our run, without --hf.
+        run: a run directory, instead of the latest one of that size.
     """
     from common.diagnostics.doctor import doctor as examine
 
+    text = "Now is the winter of our discontent\nMade glorious summer by this sun of York; "
     if hf is not None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(hf).eval()
-        found = examine(lambda ids: model(ids).logits, model.config.vocab_size)
+        vocab_size = model.config.vocab_size
+        try:
+            encode = AutoTokenizer.from_pretrained(hf).encode
+        except (OSError, ValueError):  # a folder without a tokenizer: random ids, and the report says so
+            encode = None
     else:
-        engine = trained("text", size)
-        found = examine(engine.model, engine.model.vocab_size)
+        engine = trained("text", size, run)
+        model, vocab_size, encode = engine.model, engine.model.vocab_size, engine.encode
+    ids = None
+    if encode is not None:
+        import torch
+
+        tokens = (encode(text) * 4)[:64]
+        ids = torch.tensor([tokens[i : i + 16] for i in range(0, 64, 16)])
+    found = examine(lambda ids: model(ids).logits, vocab_size, ids=ids)
     print(found)
     finish({"healthy": found.healthy, "readings": {n: r.value for n, r in found.readings.items()}}, json)
     if not found.healthy:
@@ -177,7 +199,11 @@ def report(size: Size = "small", readme: bool = False, json: bool = False) -> No
 
 @app.command(name="reproduce")
 def reproduce(run: Positional[Path], json: bool = False) -> None:
-    """Run a finished run again elsewhere and say which numbers agree, to which digit."""
+    """Run a finished run again in a temporary folder and say which numbers agree, to which digit.
+
+    Args:
+        run: a run directory, such as runs/01_spine/small-….
+    """
     from common.foundation.reproduce import reproduce as again
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
@@ -190,12 +216,17 @@ def reproduce(run: Positional[Path], json: bool = False) -> None:
 
 @app.command(name="compare")
 def compare(a: Positional[Path], b: Positional[Path], json: bool = False) -> None:
-    """Two runs of a month: did the model change, or only the measurement?"""
+    """Two runs of a month: did the model change, or only the measurement?
+
+    Args:
+        a: a run directory, such as runs/01_spine/small-….
+        b: another one.
+    """
     from common.foundation.compare import compare as answer
 
     found = answer(a, b)
     print(found)
-    finish({"verdict": found.verdict, "model": found.model, "measurement": found.measurement}, json)
+    finish({"verdict": found.verdict, **dataclasses.asdict(found)}, json)
 
 
 @app.command(name="sample")
@@ -208,12 +239,17 @@ def sample(
     n: int = 1,
     seed: int = 0,
     size: Size = "small",
+    run: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Let the latest text model continue a prompt."""
+    """Let the latest text model continue a prompt.
+
+    Args:
+        run: a run directory, instead of the latest one of that size.
+    """
     from common.generation.sampling import SamplingParams
 
-    engine = trained("text", size)
+    engine = trained("text", size, run)
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, n=n, seed=seed, logprobs=True
     )
@@ -234,33 +270,35 @@ def evaluate(
     seed: int = 0,
     traces: Path | None = None,
     size: Size = "small",
+    run: Path | None = None,
     json: bool = False,
 ) -> None:
     """Solve and grade sums with the latest models.
 
     Args:
         traces: a file for the traces; an interrupted evaluation continues from it.
+        run: a run directory, instead of the latest one of that size.
     """
-    from common.evaluation.runner import evaluate as run
+    from common.evaluation.runner import evaluate as measure
     from common.evaluation.task import Addition
     from common.reasoning.strategies import Ask, Columns
 
     task = Addition(rule=rule, normalise=normalise)
     chosen = Columns() if strategy == "columns" else Ask(task)
-    found = run(task, chosen, trained(strategy, size), n, split=split, seed=seed, trace_path=traces)
+    found = measure(task, chosen, trained(strategy, size, run), n, split=split, seed=seed, trace_path=traces)
     print(found)
     finish({"accuracy": found.accuracy.as_dict(), "unparsed": found.unparsed, "cost": found.cost}, json)
 
 
-def trained(name: str, size: str) -> Any:
-    """An engine on a checkpoint of January's latest run; made now if there is none."""
+def trained(name: str, size: str, run: Path | None) -> Any:
+    """An engine on a checkpoint of a January run: that one, or the latest of the size, made now if there is none."""
     from common.foundation.run import ensure, latest
     from common.generation.engine import Engine
     from common.tokenization.byte import ByteTokenizer
     from common.training.checkpoint import load_checkpoint
 
     with redirect_stdout(sys.stderr):
-        folder = latest("01_spine", size) or ensure("01_spine", size)
+        folder = run or latest("01_spine", size) or ensure("01_spine", size)
     tokenizer = ByteTokenizer()
     return Engine(load_checkpoint(folder / name, tokenizer), tokenizer)
 
@@ -269,6 +307,6 @@ def main() -> None:
     """Errors that a person can act on are one sentence, not a traceback."""
     try:
         app.cli(prog="python -m common", description="Foundations to Reasoning: one spine, twelve months.")
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ClaimFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

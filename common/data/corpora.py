@@ -4,6 +4,7 @@ import json
 import re
 
 from common.data.documents import Document
+from common.data.problems import addition_problems, solved_documents
 from common.data.split import hash_split
 from common.foundation.assets import asset
 
@@ -87,3 +88,37 @@ def web_documents() -> list[Document]:
     """The web sample, uncleaned."""
     lines = asset("web").read_text(encoding="utf-8").splitlines()
     return [Document(f"web/{number}", "web", json.loads(line)["text"]) for number, line in enumerate(lines, 1)]
+
+
+def code_documents() -> list[Document]:
+    """Python source files."""
+    folder = asset("code")
+    return [
+        Document(path.relative_to(folder).as_posix(), "code", path.read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("*.py"))
+    ]
+
+
+def chinese_documents() -> list[Document]:
+    """Questions and answers in Chinese."""
+    rows = json.loads(asset("chinese").read_text(encoding="utf-8"))
+    return [
+        Document(f"chinese/{i}", "chinese", row["instruction"] + "\n" + row["output"]) for i, row in enumerate(rows)
+    ]
+
+
+def year_sources(split: str) -> dict[str, list[Document]]:
+    """The texts that the year trains on, by domain, in one split.
+
+    Plays are split as a whole, encyclopedia and web by document, sums by problem; each by its hash.
+    """
+
+    def part(documents: list[Document]) -> list[Document]:
+        return [document for document in documents if hash_split(document.name) == split]
+
+    return {
+        "plays": split_by_play(shakespeare_scenes())[split],
+        "wiki": part(wiki_documents()),
+        "web": part(web_documents()),
+        "sums": solved_documents(addition_problems(2, split)),
+    }

@@ -14,6 +14,7 @@ class Examination:
 
     readings: dict[str, Reading]
     skipped: dict[str, tuple[str, ...]]
+    random_ids: bool = False
 
     @property
     def healthy(self) -> bool:
@@ -25,6 +26,10 @@ class Examination:
             for name, r in self.readings.items()
         ]
         missing = sorted({handle for needs in self.skipped.values() for handle in needs})
+        if self.random_ids:
+            lines.append(
+                "inputs were random ids, which a model may ignore; give ids=… with text it knows for a harder look"
+            )
         if self.skipped:
             lines.append(f"not run: {', '.join(self.skipped)}; they also need {', '.join(missing)}")
         return "\n".join(lines)
@@ -57,4 +62,4 @@ def doctor(
             readings[probe.name] = probe.examine(specimen)[0]
         else:
             skipped[probe.name] = tuple(name for name in probe.needs if name not in specimen)
-    return Examination(readings, skipped)
+    return Examination(readings, skipped, "model" in specimen and "ids" not in specimen)

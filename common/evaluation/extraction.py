@@ -11,7 +11,7 @@ RULES = {
     "last_number": "the last number in the text",
     "first_number": "the first number in the text",
     "whole": "the whole text without surrounding white space",
-    "last_digit": "the last digit in the text: too lenient, kept as a warning",
+    "last_digit": "the last digit in the text: too lenient where the right answer is cut alike; kept as a warning",
 }
 
 

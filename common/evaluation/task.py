@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from common.data.problems import Problem, addition_problems
-from common.evaluation.extraction import extract_answer
-from common.evaluation.grading import grade
+from common.evaluation.extraction import RULES, extract_answer
+from common.evaluation.grading import NORMALISATIONS, grade
 
 
 class Grade(NamedTuple):
@@ -91,7 +91,8 @@ class Addition:
 
     Attributes:
         answer_order: "forward" asks for 85, "reversed" for 58: the digits in the order in which a sum is carried out.
-        rule, normalise: how the answer is read and compared. Changing these changes the measurement, not the model.
+        rule, normalise: how the answer is read and compared. Changing these changes the measurement, not the model. The
+            rule is applied to the right answer as well, as evaluation scripts often do (gallery: spine/last-digit-grading).
     """
 
     digits: int = 2
@@ -99,6 +100,15 @@ class Addition:
     rule: str = "whole"
     normalise: str = "number"
     name: str = "addition"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("rule", RULES),
+            ("normalise", NORMALISATIONS),
+            ("answer_order", ("forward", "reversed")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(allowed)}")
 
     def problems(self, split: str = "test", n: int | None = None, seed: int = 0) -> list[Problem]:
         """`n` problems of the split drawn without replacement, or all of them in order."""
@@ -116,8 +126,8 @@ class Addition:
         extracted = extract_answer(text, self.rule)
         if extracted is not None and self.answer_order == "reversed":
             extracted = extracted[::-1]
-        gold = problem.answer[-1] if self.rule == "last_digit" else problem.answer
-        correct, reason = grade(extracted, gold, normalise=self.normalise)
+        gold = extract_answer(problem.answer, self.rule)
+        correct, reason = grade(extracted, gold or problem.answer, normalise=self.normalise)
         return Grade(correct, extracted, self.rule, reason)
 
     def random_guess(self, problem: Problem, seed: int = 0) -> str:

@@ -62,19 +62,6 @@ def code_hashes(script: str | Path) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
-def room_hashes(hashes: dict[str, str]) -> dict[str, str]:
-    """Fold module hashes into one hash for each room, so that a manifest stays readable.
-
-    >>> sorted(room_hashes({"run.py": "a", "common.model.ngram": "b", "common.model.output": "c"}))
-    ['model', 'run.py']
-    """
-    rooms: dict[str, list[str]] = {}
-    for name, digest in sorted(hashes.items()):
-        room = name.split(".")[1] if name.startswith("common.") else name
-        rooms.setdefault(room, []).append(f"{name}={digest}")
-    return {room: sha256_bytes("\n".join(lines).encode("utf-8")) for room, lines in rooms.items()}
-
-
 def git_state() -> dict[str, object]:
     """{"commit": hash or None, "dirty": bool or None}. None where this is no checkout or git is missing."""
 

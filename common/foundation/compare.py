@@ -1,7 +1,7 @@
 """Did this change improve the model, or just change the measurement?
 
-Two runs are compared by what their manifests say they are: which model, which measurement. Only where the measurement
-is the same does a difference of numbers say something about the models.
+Two runs are compared by what their manifests say they are. Only where the measurement is the same does a difference of
+numbers say something about the system that was measured; and only where nothing else is recorded as different either.
 """
 
 from dataclasses import dataclass
@@ -9,57 +9,77 @@ from pathlib import Path
 from typing import Any
 
 from common.foundation.files import read_json
+from common.foundation.run import status
 
-# Code that decides how a number is taken. A change there is a change of the measurement, whatever the config says.
-MEASURING_ROOMS = ("evaluation",)
+# Code that decides how a number is taken: a change there is a change of the measurement, whatever the config says.
+MEASURING = ("common.evaluation", "common.training.loss", "common.foundation.statistics")
+# Code that is part of what is measured. What trains a model is not listed: its changes show in the model's hash.
+MEASURED = ("common.model", "common.tokenization", "common.generation", "common.reasoning")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paths that differ, as {"path": (in a, in b)}, and the sentence that follows from them."""
+    """Paths that differ, as {"path": (in a, in b)}, on three sides.
+
+    `model` is the system under test: weights, tokenizer, strategy and their code. `measurement` is test data, units, rules
+    and the code that measures. `other` is everything else on record that could have moved a number.
+    """
 
     model: dict[str, tuple[Any, Any]]
     measurement: dict[str, tuple[Any, Any]]
+    other: dict[str, tuple[Any, Any]]
 
     @property
     def verdict(self) -> str:
-        """One of "same", "model", "measurement", "both": what changed."""
+        """One of "same", "model", "measurement", "both", "unclear"."""
         if self.model and self.measurement:
             return "both"
-        return "model" if self.model else "measurement" if self.measurement else "same"
+        if self.model or self.measurement:
+            return "model" if self.model else "measurement"
+        return "unclear" if self.other else "same"
 
     def __str__(self) -> str:
         sentences = {
             "same": "same model, same measurement: the numbers must agree",
-            "model": "the model changed and the measurement did not: the numbers can be compared",
+            "model": "the system under test changed and the measurement did not: the numbers can be compared",
             "measurement": "only the measurement changed: the difference says nothing about the model",
             "both": "model and measurement changed: the difference cannot be attributed; change one at a time",
+            "unclear": "model and measurement are on record as the same, but other things differ: a number that moved "
+            "was moved by one of them",
         }
         lines = [sentences[self.verdict]]
-        for side, changes in (("model", self.model), ("measurement", self.measurement)):
-            lines += [f"  {side}.{path}: {_short(a)} -> {_short(b)}" for path, (a, b) in changes.items()]
+        for side, changes in (("model", self.model), ("measurement", self.measurement), ("other", self.other)):
+            lines += [f"  {side}: {path}: {_short(a)} -> {_short(b)}" for path, (a, b) in changes.items()]
         return "\n".join(lines)
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
-    """Compare two run directories by their manifests."""
-    return compare_manifests(*(read_json(Path(run) / "manifest.json") for run in (run_a, run_b)))
+    """Compare two run directories by their manifests. Raises ValueError unless both are finished runs."""
+    manifests = []
+    for run in map(Path, (run_a, run_b)):
+        state = status(run)
+        if state != "finished":
+            raise ValueError(f"{run} is not a finished run ({state}): give the folder that holds its manifest.json")
+        manifests.append(read_json(run / "manifest.json"))
+    return compare_manifests(*manifests)
 
 
 def compare_manifests(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
-    """Compare two manifests. The tokenizer belongs to the model, the code of the measuring rooms to the measurement.
-
-    Code of other rooms is not listed: what it changed shows in the hash of the model that it made.
-    """
+    """Compare two manifests. The tokenizer belongs to the model."""
     if a["month"] != b["month"]:
         raise ValueError(f"runs of different months cannot be compared: {a['month']} and {b['month']}")
-    sides = []
-    for manifest in (a, b):
-        code = {room: digest for room, digest in manifest["code"].items() if room in MEASURING_ROOMS}
-        model = {**manifest["identity"]["model"], "tokenizer": manifest["tokenizer"]}
-        sides.append((model, {**manifest["identity"]["measurement"], "code": code}))
-    (model_a, measure_a), (model_b, measure_b) = sides
-    return Comparison(differences(model_a, model_b), differences(measure_a, measure_b))
+    return Comparison(*(differences(left, right) for left, right in zip(_sides(a), _sides(b), strict=True)))
+
+
+def _sides(manifest: dict[str, Any]) -> tuple[dict, dict, dict]:
+    measured = {name: digest for name, digest in manifest["code"].items() if name.startswith(MEASURED)}
+    measuring = {name: digest for name, digest in manifest["code"].items() if name.startswith(MEASURING)}
+    rest = {name: digest for name, digest in manifest["code"].items() if name not in {**measured, **measuring}}
+    return (
+        {**manifest["identity"]["model"], "tokenizer": manifest["tokenizer"], "code": measured},
+        {**manifest["identity"]["measurement"], "code": measuring},
+        {"code": rest, "inputs": manifest["inputs"], "packages": manifest["packages"]},
+    )
 
 
 def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -4,8 +4,8 @@
     ...
     <!-- /numbers:01_spine -->
 
-Blocks: `numbers:<month>` (the numbers of a month's latest run), `year` (all months), `gallery` (what gallery.csv says)
-and `size` (how much there is to read). A test renders them again from a fresh run and compares.
+Blocks: `numbers:<month>` and `samples:<month>` (of a month's latest run), `year` (all months), `gallery` (what gallery.csv
+says) and `size` (how much there is to read). A test renders them again from a fresh run and compares.
 """
 
 import csv
@@ -29,6 +29,12 @@ def numbers_table(folder: str, size: str) -> str:
     for row in summary["numbers"]:
         lines.append(f"| {row['name']} | {show_value(row['value'])} | {row['unit']} | {row['note']} |")
     return "\n".join([*lines, "", f"Size `{size}`, config `{directory.name}`."])
+
+
+def samples_text(folder: str, size: str) -> str:
+    """The samples of the latest finished run of a month, each under its title."""
+    summary = read_json(needed(folder, size) / "summary.json")
+    return "\n\n".join(f"*{one['title']}*\n\n```text\n{one['text'].strip()}\n```" for one in summary["samples"])
 
 
 def run_time(seconds: float) -> str:
@@ -66,8 +72,8 @@ def gallery_sentence() -> str:
     caught = {row["failure"] for row in rows if row["verdict"] == "caught"}
     usual = {row["failure"] for row in rows if row["verdict"] == "caught" and row["probe"] in USUAL_LOOKS}
     return (
-        f"{len(bugs)} bugs against {len({row['probe'] for row in rows})} probes: {len(caught)} are caught by a probe "
-        f"made for the purpose, {len(usual)} by the looks that everybody takes (`{'`, `'.join(USUAL_LOOKS)}`), "
+        f"{len(bugs)} bugs against {len({row['probe'] for row in rows})} probes: {len(caught)} are caught by a probe, "
+        f"{len(usual)} of them by the looks that everybody takes (`{'`, `'.join(USUAL_LOOKS)}`); "
         f"{len(bugs) - len(caught)} by nothing."
     )
 
@@ -85,13 +91,13 @@ def rendered(text: str, size: str) -> str:
     def block(match: re.Match) -> str:
         name, folder = match["name"], match["folder"]
         make = {"year": lambda: year_table(size), "gallery": gallery_sentence, "size": size_sentence}
-        body = numbers_table(folder, size) if name == "numbers" else make[name]()
+        of_month = {"numbers": numbers_table, "samples": samples_text}
+        body = of_month[name](folder, size) if folder else make[name]()
         mark = name if folder is None else f"{name}:{folder}"
         return f"<!-- {mark} -->\n{body}\n<!-- /{mark} -->"
 
-    pattern = (
-        r"<!-- (?P<name>year|numbers|gallery|size)(?::(?P<folder>\w+))? -->\n.*?<!-- /(?P=name)(?::(?P=folder))? -->"
-    )
+    opening = r"<!-- (?P<name>year|numbers|samples|gallery|size)(?::(?P<folder>\w+))? -->"
+    pattern = opening + r"\n.*?<!-- /(?P=name)(?::(?P=folder))? -->"
     return re.sub(pattern, block, text, flags=re.DOTALL)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.foundation.code import code_hashes, room_hashes
+from common.foundation.code import code_hashes
 from common.foundation.files import read_json
 from common.foundation.months import ROOT, load
 from common.foundation.run import ensure, status
@@ -48,8 +48,8 @@ def reproduce(directory: Path, scratch: Path) -> Outcome:
     if state != "finished":
         raise ValueError(f"{directory} is {state}, not finished: there is nothing to reproduce")
     manifest = read_json(directory / "manifest.json")
-    now = room_hashes(code_hashes(ROOT / manifest["month"] / "run.py"))
-    changed = sorted(room for room in {*now, *manifest["code"]} if now.get(room) != manifest["code"].get(room))
+    now = code_hashes(ROOT / manifest["month"] / "run.py")
+    changed = sorted(name for name in {*now, *manifest["code"]} if now.get(name) != manifest["code"].get(name))
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in manifest["config"].items()}
     load(manifest["month"], "run")
     before = os.environ.get("SPINE_RUNS")

@@ -27,7 +27,7 @@ import filelock
 import psutil
 
 from common.foundation import machine
-from common.foundation.code import code_hashes, git_state, room_hashes
+from common.foundation.code import code_hashes, git_state
 from common.foundation.config import as_dict, config_hash, resolve
 from common.foundation.files import (
     append_json_line,
@@ -138,7 +138,9 @@ def ensure(folder: str, size: str = "small", *, force: bool = False, **overrides
     config = configure(module, size=size, **overrides)
     directory, key = planned(folder, config)
     unchanged = status(directory) == "finished" and read_json(directory / "manifest.json")["content_key"] == key
-    if force or not unchanged:
+    if unchanged and not force:
+        announce(f"{month(folder).folder}: nothing changed since {directory.name}; not run again")
+    else:
         if force and directory.exists():
             set_aside(directory)
         module.main(config)
@@ -216,7 +218,7 @@ class Run:
             "inputs": self._inputs,
             "tokenizer": None,
             "identity": {"model": {}, "measurement": {}},
-            "code": room_hashes(code),
+            "code": code,
             "git": git_state(),
             "packages": {"python": platform.python_version(), **_versions()},
             "machine": machine.describe_machine(),

@@ -5,6 +5,11 @@ from typing import Protocol
 
 # Opens every document, and so ends the one before it. Its probability after a text is the probability of stopping.
 END_OF_TEXT = "<|endoftext|>"
+# Open and close a message of a conversation (ChatML); rendering them is August's.
+MESSAGE_START, MESSAGE_END = "<|im_start|>", "<|im_end|>"
+# Fills up rows. Never the end-of-text token: a model that must ignore padding could then not learn to stop.
+PADDING = "<|pad|>"
+SPECIALS = (END_OF_TEXT, MESSAGE_START, MESSAGE_END, PADDING)
 
 
 class Tokenizer(Protocol):

@@ -151,12 +151,15 @@ def test_doctor_finds_our_model_healthy(tiny):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("month", "1", "--set", "ordre=4"), "write field=value with one of size, seed, order"),
+        (("month", "1", "--set", "ordre=4"), "write field=value with one of seed, order"),
         (("month", "13"), "month 13 is unknown"),
         (("month", "12"), "has not landed yet"),
         (("assets", "homer"), "it has shakespeare"),
         (("reproduce", "nowhere"), "not finished"),
-        (("evaluate", "--size", "tiny", "--rule", "best"), "extraction rule 'best' is unknown"),
+        (("compare", "nowhere", "elsewhere"), "nowhere is not a finished run (absent)"),
+        (("gallery", "12"), "none of them has a gallery yet"),
+        (("doctor", "--hf", "nowhere/at/all"), "nowhere/at/all"),
+        (("evaluate", "--size", "tiny", "--rule", "best"), "rule 'best' is unknown"),
     ],
 )
 def test_bad_requests_are_one_clear_sentence(tiny, words, message):

@@ -1,0 +1,205 @@
+"""From a token stream to batches: every (input, target) pair of the corpus exactly once an epoch.
+
+The stream is `<eot> d1 <eot> d2 … <eot>`. A chunk of T inputs begins where the last one ended, and its targets are the
+same tokens one place later, so N tokens give N - 1 pairs and none is lost or counted twice, at any length. The last chunk is
+filled up and masked. Documents are told apart by `document_ids`; who is told to keep attention within a document can.
+
+Order and position are a function of (seed, epoch, step): resuming needs two numbers and no replay.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from common.data.documents import Batch
+from common.foundation.files import sha256_json
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the tokens of an epoch went. `counted + cropped == pairs`: nothing disappears."""
+
+    pairs: int
+    counted: int
+    padded: int
+    cropped: int = 0
+
+
+class BatchStream:
+    """Shuffled chunks of a token sequence, sharded over ranks, resumable to the exact batch.
+
+    Args:
+        tokens: the stream; anything that can be sliced and has a length, such as `Shards` or a NumPy array.
+        length: T, inputs in a row.
+        batch_size: B, rows in a batch of this rank.
+        end_of_text: the id that opens each document.
+        seed: of the order; each epoch has its own.
+        shuffle: False reads in order.
+        rank, world_size: this process and how many there are. Chunks are shuffled first and dealt out afterwards, so that
+            all ranks together see what one would.
+    Raises:
+        ValueError: a stream with fewer than two tokens, or impossible numbers.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        *,
+        length: int,
+        batch_size: int,
+        end_of_text: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(tokens) < 2:
+            raise ValueError(f"a stream of {len(tokens)} tokens has no (input, target) pair: it needs at least two")
+        if length < 1 or batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"need length and batch_size of at least 1 and 0 <= rank < world_size; got {length=}, "
+                f"{batch_size=}, {rank=}, {world_size=}"
+            )
+        self.tokens, self.length, self.batch_size = tokens, length, batch_size
+        self.end_of_text, self.seed, self.shuffle = end_of_text, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.chunks = -(-(len(tokens) - 1) // length)
+        self.epoch, self.consumed = 0, 0  # consumed: chunks of this epoch that all ranks together have taken
+        self._order = self._order_of(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of this rank in an epoch; the last may have rows that are all padding."""
+        return -(-self.chunks // (self.batch_size * self.world_size))
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of one epoch over all ranks."""
+        rows = self.steps_per_epoch * self.batch_size * self.world_size
+        pairs = len(self.tokens) - 1
+        return Ledger(pairs=pairs, counted=pairs, padded=rows * self.length - pairs)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.chunks)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.chunks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, from where the stream stands."""
+        while True:
+            yield self.next_batch()
+
+    def epoch_batches(self) -> Iterator[Batch]:
+        """The batches that are left of this epoch."""
+        for _ in range(-(-(self.chunks - self.consumed) // (self.batch_size * self.world_size))):
+            yield self.next_batch()
+
+    def next_batch(self) -> Batch:
+        """The next batch of this rank; the state is already that of the one after."""
+        first = self.consumed + self.rank * self.batch_size
+        batch = self._batch(self._order[first : first + self.batch_size])
+        self.consumed += self.batch_size * self.world_size
+        if self.consumed >= self.chunks:
+            self.epoch, self.consumed = self.epoch + 1, 0
+            self._order = self._order_of(self.epoch)
+        return batch
+
+    def _batch(self, chunks: np.ndarray) -> Batch:
+        shape = (self.batch_size, self.length)
+        inputs = torch.full(shape, self.end_of_text)
+        targets, document_ids = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
+        loss_mask = torch.zeros(shape, dtype=torch.bool)
+        for row, chunk in enumerate(chunks.tolist()):
+            start = chunk * self.length
+            ids = torch.from_numpy(np.asarray(self.tokens[start : start + self.length + 1]).astype(np.int64))
+            size = len(ids) - 1
+            inputs[row, :size], targets[row, :size], loss_mask[row, :size] = ids[:-1], ids[1:], True
+            document_ids[row, :size] = (ids[:-1] == self.end_of_text).cumsum(0)
+        return Batch(inputs, targets, loss_mask, document_ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must keep. It counts chunks, not steps, so it holds for another number of ranks."""
+        return {"epoch": self.epoch, "consumed": self.consumed, "identity": self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly there. Raises ValueError if the state belongs to another order or another stream."""
+        if state["identity"] != self._identity():
+            raise ValueError(
+                f"this state belongs to another stream: {state['identity']} against {self._identity()}. "
+                "Resume with the same tokens, length, seed and shuffle."
+            )
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self._order = self._order_of(self.epoch)
+
+    def _identity(self) -> dict[str, Any]:
+        named = getattr(self.tokens, "fingerprint", None) or sha256_json(np.asarray(self.tokens[:1024]).tolist())
+        return {
+            "tokens": len(self.tokens),
+            "content": named,
+            "length": self.length,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+
+def positions_within(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Positions that restart at each document.
+
+    >>> positions_within(torch.tensor([[1, 1, 2, 2, 2, -1]])).tolist()
+    [[0, 1, 0, 1, 2, 0]]
+    """
+    place = torch.arange(document_ids.shape[1]).expand_as(document_ids)
+    fresh = torch.ones_like(document_ids, dtype=torch.bool)
+    fresh[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return place - torch.where(fresh, place, 0).cummax(dim=1).values
+
+
+def attention_mask(document_ids: Int[Tensor, "B T"]) -> torch.Tensor:
+    """(B, T, T): True where a query may see a key, that is, in the same document and not later.
+
+    Restarting positions alone does not stop a token from seeing the document before its own.
+    """
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same & torch.ones_like(same[0]).tril()
+
+
+def pack(sequences: Sequence[Int[Tensor, "N"]], length: int) -> tuple[list[Batch], Ledger]:
+    """Whole documents into rows of `length` inputs, longest first, each into the fullest row that has room (best fit).
+
+    A document of more than `length` pairs is cut into pieces that are packed separately; a piece after the first has lost
+    its context, but none of its pairs. Returns one batch for each row, and the account: nothing is cropped.
+    """
+    pieces = []
+    for ids in sequences:
+        for start in range(0, len(ids) - 1, length):
+            pieces.append(ids[start : start + length + 1])
+    pieces.sort(key=len, reverse=True)
+    rows: list[list[Tensor]] = []
+    room: list[int] = []
+    for piece in pieces:
+        need = len(piece) - 1
+        fitting = [(free, i) for i, free in enumerate(room) if free >= need]
+        if fitting:
+            _, i = min(fitting)
+        else:
+            i = len(rows)
+            rows.append([])
+            room.append(length)
+        rows[i].append(piece)
+        room[i] -= need
+    batches = []
+    for row in rows:
+        inputs, targets = torch.cat([piece[:-1] for piece in row]), torch.cat([piece[1:] for piece in row])
+        ids = torch.cat([torch.full((len(piece) - 1,), number) for number, piece in enumerate(row)])
+        spare = length - len(inputs)
+        fill = torch.zeros(spare, dtype=torch.int64)
+        mask = torch.arange(length) < len(inputs)
+        whole = [torch.cat([part, fill + value]) for part, value in ((inputs, 0), (targets, 0), (ids, -1))]
+        batches.append(Batch(whole[0][None], whole[1][None], mask[None], whole[2][None]))
+    pairs = sum(len(ids) - 1 for ids in sequences)
+    return batches, Ledger(pairs=pairs, counted=pairs, padded=len(rows) * length - pairs)

@@ -1,0 +1,320 @@
+"""The tokenizer of the year: byte-level byte pair encoding.
+
+Any text is bytes, so any text can be encoded and comes back unchanged. Text is cut into words by a pattern; within a word,
+adjacent tokens are merged, lowest rank first. Words repeat, so a cache answers most of them.
+
+What it does not do: train on anything but words (no merges across spaces), normalise text, or add a space in front.
+"""
+
+import codecs
+import heapq
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import regex
+
+from common.foundation.files import read_json, sha256_json, write_json
+from common.tokenization.patterns import GPT4_PATTERN
+from common.tokenization.protocol import SPECIALS
+from common.tokenization.train import Pair, count_words, fast_merges_of_words
+
+CACHED_WORDS = 1 << 18  # words remembered; the cache is emptied when it is full
+LONG_WORD = 64  # bytes; longer words are merged with a heap, and not remembered
+
+
+class BPETokenizer:
+    """Byte-level BPE from its parts.
+
+    Args:
+        tokens: id -> raw bytes of every token that is not special; ids need not be contiguous.
+        merges: pairs of ids in the order of their rank. The merged bytes must be a token.
+        pattern: cuts text into words, see patterns.py. It must match every character of any text.
+        specials: text -> id of the special tokens.
+    Attributes:
+        vocab_size: one more than the largest id.
+        fingerprint: changes whenever anything changes that changes ids.
+    """
+
+    def __init__(
+        self, tokens: Mapping[int, bytes], merges: Sequence[Pair], pattern: str, specials: Mapping[str, int]
+    ) -> None:
+        self.tokens, self.merges, self.pattern = dict(tokens), [tuple(pair) for pair in merges], pattern
+        self.specials = dict(specials)
+        self.vocab_size = 1 + max(itertools.chain(self.tokens, self.specials.values()))
+        id_of = {raw: token for token, raw in self.tokens.items()}
+        self._check(id_of)
+        self._byte_ids = [id_of[bytes([byte])] for byte in range(256)]
+        self._rank = {
+            pair: (rank, id_of[self.tokens[pair[0]] + self.tokens[pair[1]]]) for rank, pair in enumerate(merges)
+        }
+        self._find = regex.compile(pattern).findall
+        self._cache: dict[str, list[int]] = {}
+        self._raw = {**self.tokens, **dict.fromkeys(self.specials.values(), b"")}
+        self.fingerprint = sha256_json(
+            {
+                "kind": "bpe",
+                "tokens": [[token, raw.hex()] for token, raw in sorted(self.tokens.items())],
+                "merges": self.merges,
+                "pattern": pattern,
+                "specials": self.specials,
+            }
+        )
+
+    def _check(self, id_of: dict[bytes, int]) -> None:
+        missing = [byte for byte in range(256) if bytes([byte]) not in id_of]
+        if missing:
+            raise ValueError(f"a byte-level tokenizer needs all 256 bytes; it lacks {missing[:5]}")
+        if len(id_of) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens) - len(id_of)} tokens have the same bytes as another one")
+        taken = set(self.tokens) & set(self.specials.values())
+        if taken:
+            raise ValueError(f"ids {sorted(taken)[:5]} are ordinary tokens and special tokens at once")
+        if len(set(self.specials.values())) != len(self.specials):
+            raise ValueError("two special tokens have the same id")
+        for rank, (a, b) in enumerate(self.merges):
+            if a not in self.tokens or b not in self.tokens or self.tokens[a] + self.tokens[b] not in id_of:
+                raise ValueError(f"merge {rank} joins {a} and {b}, which do not make a token of this vocabulary")
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        *,
+        specials: Sequence[str] = SPECIALS,
+        pattern: str = GPT4_PATTERN,
+    ) -> Self:
+        """Learn a vocabulary: 256 bytes, merges (most frequent pair, then smallest pair of ids), then the specials.
+
+        Args:
+            texts: read once, one at a time.
+            vocab_size: tokens in all, the specials included.
+        Raises:
+            ValueError: no room for bytes and specials, no text, or a text too small for so many merges.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts must be an iterable of texts; put a single one into a list")
+        least = 256 + len(specials)
+        if vocab_size < least:
+            raise ValueError(
+                f"vocab_size {vocab_size} has no room for 256 bytes and {len(specials)} specials: need {least}"
+            )
+        words = count_words(texts, pattern)
+        if not words:
+            raise ValueError("nothing to learn from: every text is empty")
+        merges = fast_merges_of_words(words, vocab_size - least)
+        if len(merges) < vocab_size - least:
+            raise ValueError(
+                f"the corpus ({len(words):,} distinct words) is too small for vocab_size {vocab_size}: it has "
+                f"{len(merges)} merges, so at most {least + len(merges)}. Lower vocab_size or add text."
+            )
+        tokens = {byte: bytes([byte]) for byte in range(256)}
+        for new, (a, b) in enumerate(merges, start=256):
+            tokens[new] = tokens[a] + tokens[b]
+        return cls(tokens, merges, pattern, {name: len(tokens) + i for i, name in enumerate(specials)})
+
+    def truncated(self, vocab_size: int) -> Self:
+        """The tokenizer with only the first merges: what training would have stopped at. For trained ones.
+
+        >>> BPETokenizer.train(["aaabdaaabac"], 259, specials=[]).truncated(257).decode([256])
+        'aa'
+        """
+        merges = self.merges[: vocab_size - 256 - len(self.specials)]
+        tokens = {token: raw for token, raw in self.tokens.items() if token < 256 + len(merges)}
+        if len(tokens) + len(self.specials) != vocab_size:
+            raise ValueError(
+                f"vocab_size {vocab_size} is not between {256 + len(self.specials)} and {self.vocab_size}, "
+                "or ids are not in the order of the merges"
+            )
+        return type(self)(tokens, merges, self.pattern, {name: len(tokens) + i for i, name in enumerate(self.specials)})
+
+    # --- encoding ---------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, text: str, *, allow_special: bool | Collection[str] = False, forbid_special: bool = False
+    ) -> list[int]:
+        """Ids of `text`.
+
+        Args:
+            allow_special: which special tokens may be recognised in the text: none (the default: text from a user is
+                text), all (True) or those named.
+            forbid_special: raise ValueError if the text contains a special token that is not allowed.
+        """
+        names = tuple(self.specials) if allow_special is True else tuple(allow_special or ())
+        unknown = [name for name in names if name not in self.specials]
+        if unknown:
+            raise ValueError(f"{unknown} are not special tokens here; there are {list(self.specials)}")
+        if forbid_special:
+            found = [name for name in self.specials if name not in names and name in text]
+            if found:
+                raise ValueError(f"the text contains the special token {found[0]!r} at character {text.find(found[0])}")
+        if not names:
+            return self._encode_ordinary(text)
+        longest_first = sorted(names, key=len, reverse=True)
+        parts = regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text)
+        ids: list[int] = []
+        for part in parts:
+            ids.extend([self.specials[part]] if part in names else self._encode_ordinary(part))
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool | Collection[str] = False) -> list[list[int]]:
+        """`encode` of each text. For bulk work see `interop.to_tiktoken`, which gives the same ids faster."""
+        return [self.encode(text, allow_special=allow_special) for text in texts]
+
+    def encode_bytes(self, raw: bytes) -> list[int]:
+        """Ids of any bytes, UTF-8 or not: `b"".join(map(token_bytes, ids)) == raw`."""
+        return self._encode_ordinary(raw.decode("utf-8", errors="surrogateescape"))
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        ids: list[int] = []
+        cache = self._cache
+        for word in self._find(text):
+            known = cache.get(word)
+            if known is None:
+                known = self._encode_word(word)
+            ids.extend(known)
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        raw = word.encode("utf-8", errors="surrogateescape")
+        if len(raw) > LONG_WORD:
+            return self.merge_long([self._byte_ids[byte] for byte in raw])
+        ids = self.merge_short([self._byte_ids[byte] for byte in raw])
+        if len(self._cache) >= CACHED_WORDS:
+            self._cache.clear()
+        self._cache[word] = ids
+        return ids
+
+    def merge_short(self, ids: list[int]) -> list[int]:
+        """Merge the pair of lowest rank, leftmost first, until none is left. Quadratic in the length of the word."""
+        rank = self._rank
+        while len(ids) > 1:
+            best, at = None, -1
+            for i in range(len(ids) - 1):
+                found = rank.get((ids[i], ids[i + 1]))
+                if found is not None and (best is None or found < best):
+                    best, at = found, i
+            if best is None:
+                break
+            ids[at : at + 2] = [best[1]]
+        return ids
+
+    def merge_long(self, ids: list[int]) -> list[int]:
+        """The same in n log n steps: a heap of candidate pairs over a linked list. For words such as a line of dashes."""
+        size = len(ids)
+        after, before = list(range(1, size + 1)), list(range(-1, size - 1))
+        alive = [True] * size
+        heap: list[tuple[int, int, int, int, int]] = []  # (rank, place, new id, left id, right id)
+
+        def offer(i: int) -> None:
+            j = after[i] if i >= 0 else size
+            if i >= 0 and j < size:
+                found = self._rank.get((ids[i], ids[j]))
+                if found is not None:
+                    heapq.heappush(heap, (found[0], i, found[1], ids[i], ids[j]))
+
+        for i in range(size - 1):
+            offer(i)
+        while heap:
+            _, i, new, left, right = heapq.heappop(heap)
+            j = after[i]
+            if not alive[i] or j >= size or ids[i] != left or ids[j] != right:
+                continue  # one of the two has been merged with another since
+            ids[i], alive[j] = new, False
+            after[i] = after[j]
+            if after[j] < size:
+                before[after[j]] = i
+            offer(before[i])
+            offer(i)
+        return [token for token, there in zip(ids, alive, strict=True) if there]
+
+    # --- decoding ---------------------------------------------------------------------------------------------------
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The raw bytes of a token; a special token has none. Raises ValueError for an id that is no token."""
+        try:
+            return self._raw[token_id]
+        except KeyError:
+            raise ValueError(f"token id {token_id} is not in this vocabulary of {self.vocab_size}") from None
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(map(self.token_bytes, ids))
+
+    def decode(self, ids: Sequence[int], *, errors: str = "replace") -> str:
+        """The text of `ids`. A cut through a character shows as U+FFFD; see `StreamDecoder`."""
+        return self.decode_bytes(ids).decode("utf-8", errors=errors)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one JSON file, atomically, and a list of tokens to read beside it (`.vocab`)."""
+        path = Path(path)
+        write_json(path, self.as_dict())
+        readable = [f"{token:>7}  {show_token(raw)}" for token, raw in sorted(self.tokens.items())]
+        readable += [f"{token:>7}  {name}  (special)" for name, token in self.specials.items()]
+        path.with_suffix(".vocab").write_text("\n".join(readable) + "\n", encoding="utf-8")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the fingerprint that a reader must find again."""
+        return {
+            "format": "spine-bpe-1",
+            "fingerprint": self.fingerprint,
+            "pattern": self.pattern,
+            "specials": self.specials,
+            "tokens": {str(token): raw.hex() for token, raw in self.tokens.items()},
+            "merges": [list(pair) for pair in self.merges],
+        }
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. Raises ValueError that names the file if it is damaged or was altered."""
+        found = read_json(path)
+        try:
+            if found["format"] != "spine-bpe-1":
+                raise ValueError(f"its format is {found['format']!r}, not 'spine-bpe-1'")
+            tokens = {int(token): bytes.fromhex(raw) for token, raw in found["tokens"].items()}
+            made = cls(tokens, found["merges"], found["pattern"], found["specials"])
+        except (KeyError, TypeError, ValueError, AttributeError, regex.error) as error:
+            raise ValueError(f"{path} is not a tokenizer: {error!r}") from error
+        if made.fingerprint != found["fingerprint"]:
+            raise ValueError(
+                f"{path} says fingerprint {found['fingerprint'][:12]}…, its content has {made.fingerprint[:12]}…: "
+                "the file was altered. Train the tokenizer again."
+            )
+        return made
+
+
+def show_token(raw: bytes) -> str:
+    """A token for people: text in quotes, or bytes where it is no text.
+
+    >>> show_token(b" the"), show_token(b"\\xe2\\x80")
+    ("' the'", 'e2 80')
+    """
+    try:
+        return repr(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return raw.hex(" ")
+
+
+class StreamDecoder:
+    """Text from tokens as they come, never half a character.
+
+    >>> from common.tokenization.byte import ByteTokenizer
+    >>> stream = StreamDecoder(ByteTokenizer())
+    >>> [stream.push(byte) for byte in "né".encode()], stream.finish()
+    (['n', '', 'é'], '')
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, which may be none."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the stream ended within a character."""
+        return self._decoder.decode(b"", final=True)

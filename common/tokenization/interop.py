@@ -1,0 +1,193 @@
+"""The same tokenizer in other people's formats: tiktoken, Hugging Face's tokenizer.json, GGUF. Ids are identical both ways.
+
+What is read is refused unless it is byte-level BPE with a pattern that we know or that is given as a regular expression.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+from common.tokenization.bpe import BPETokenizer
+from common.tokenization.patterns import GPT2_PATTERN, GPT4_GROUPS_PATTERN, SMOLLM_PATTERN
+from common.tokenization.train import Pair
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's printable character for each byte, as vocabularies in JSON and GGUF write them (Radford et al. 2019).
+
+    >>> byte_characters()[ord(" ")], byte_characters()[ord("a")]
+    ('Ġ', 'a')
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+_CHARACTERS = byte_characters()
+_BYTE_OF = {character: byte for byte, character in enumerate(_CHARACTERS)}
+
+
+def to_characters(raw: bytes) -> str:
+    return "".join(_CHARACTERS[byte] for byte in raw)
+
+
+def from_characters(text: str) -> bytes:
+    """Raises ValueError at a character that stands for no byte."""
+    try:
+        return bytes(_BYTE_OF[character] for character in text)
+    except KeyError as error:
+        raise ValueError(f"token {text!r} contains {error.args[0]!r}, which stands for no byte") from None
+
+
+# --- tiktoken ---------------------------------------------------------------------------------------------------------
+
+
+def to_tiktoken(tokenizer: BPETokenizer, name: str = "spine") -> tiktoken.Encoding:
+    """The same ids at tiktoken's speed. Use `encode_ordinary_batch` for bulk work.
+
+    tiktoken takes the id of a token for its rank, so ids must be in the order of the merges: true for what we train.
+    Raises ValueError where it is not.
+    """
+    made = [tokenizer.tokens[a] + tokenizer.tokens[b] for a, b in tokenizer.merges]
+    id_of = {raw: token for token, raw in tokenizer.tokens.items()}
+    order = [id_of[raw] for raw in made]
+    if order != sorted(order):
+        raise ValueError("ids are not in the order of the merges, which tiktoken takes for granted")
+    return tiktoken.Encoding(
+        name, pat_str=tokenizer.pattern, mergeable_ranks=id_of, special_tokens=dict(tokenizer.specials)
+    )
+
+
+def from_tiktoken(encoding: tiktoken.Encoding) -> BPETokenizer:
+    """The merges behind a tiktoken encoding such as `tiktoken.get_encoding("gpt2")`."""
+    ranks: dict[bytes, int] = encoding._mergeable_ranks
+    tokens = {rank: raw for raw, rank in ranks.items()}
+    return BPETokenizer(tokens, merges_of_ranks(ranks), encoding._pat_str, encoding._special_tokens)
+
+
+def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[Pair]:
+    """The pair that makes each token: what is left of its bytes when only lower ranks may merge."""
+    merges = []
+    for raw, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(raw) == 1:
+            continue
+        parts = [bytes([byte]) for byte in raw]
+        while len(parts) > 2:
+            found = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+            lowest, i = min(found)
+            if lowest >= rank:
+                raise ValueError(f"token {rank} ({raw!r}) cannot be made from tokens of lower rank")
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append((ranks[parts[0]], ranks[parts[1]]))
+    return merges
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+def to_hf_json(tokenizer: BPETokenizer) -> str:
+    """The text of a tokenizer.json that `tokenizers.Tokenizer.from_str` and transformers load."""
+    ordinary = {to_characters(raw): token for token, raw in sorted(tokenizer.tokens.items())}
+    names = {token: text for text, token in ordinary.items()}
+    cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": i, "content": text, **flags} for text, i in tokenizer.specials.items()],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, to_bytes]},
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": ordinary | tokenizer.specials,
+                "merges": [[names[a], names[b]] for a, b in tokenizer.merges],
+            },
+        },
+        ensure_ascii=False,
+    )
+
+
+def from_hf_json(source: str | Path) -> BPETokenizer:
+    """Read a tokenizer.json. Raises ValueError that says which part is not byte-level BPE as we know it."""
+    try:
+        found = json.loads(Path(source).read_text(encoding="utf-8"))
+        model = found["model"]
+        if model["type"] != "BPE":
+            raise ValueError(f"its model is {model['type']}, not BPE")
+        if found.get("normalizer"):
+            raise ValueError(f"it normalises text ({found['normalizer']['type']}), which loses something")
+        pattern = _hf_pattern(found["pre_tokenizer"])
+        specials = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return _from_vocabulary(model["vocab"], merges, pattern, specials)
+    except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
+        raise ValueError(f"{source} cannot be read as byte-level BPE: {error}") from error
+
+
+def _hf_pattern(pre: Mapping[str, Any]) -> str:
+    """The regular expression behind a pre-tokenizer."""
+    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    kinds = [step["type"] for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        raise ValueError("it adds a space in front of the text")
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+        return SMOLLM_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"] and "Regex" in steps[0]["pattern"]:
+        return steps[0]["pattern"]["Regex"]
+    raise ValueError(f"its pre-tokenizer is {kinds}; known are ByteLevel, Digits + ByteLevel and Split + ByteLevel")
+
+
+def _from_vocabulary(
+    vocabulary: Mapping[str, int], merges: Sequence[Sequence[str]], pattern: str, specials: Mapping[str, int]
+) -> BPETokenizer:
+    """From tokens written in GPT-2's characters. A special token may stand in the vocabulary as well."""
+    tokens = {token: from_characters(text) for text, token in vocabulary.items() if text not in specials}
+    pairs = [(vocabulary[a], vocabulary[b]) for a, b in merges]
+    return BPETokenizer(tokens, pairs, pattern, specials)
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+GGUF_PATTERNS = {"gpt-2": GPT2_PATTERN, "smollm": SMOLLM_PATTERN, "gpt-4": GPT4_GROUPS_PATTERN}
+_GGUF_ORDINARY = 1  # llama.cpp's token types: 1 normal, 3 control, 4 user-defined
+
+
+def from_gguf(path: str | Path) -> BPETokenizer:
+    """The tokenizer in the metadata of a GGUF file. Raises ValueError where it is not byte-level BPE as we know it."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+        read = {
+            name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("model", "tokens", "merges", "token_type")
+        }
+        pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
+        if read["model"] != "gpt2":
+            raise ValueError(f"its tokenizer is {read['model']!r}, not byte-level BPE ('gpt2')")
+        if pre not in GGUF_PATTERNS:
+            raise ValueError(f"it cuts text as {pre!r}; known are {', '.join(GGUF_PATTERNS)}")
+        kinds = read["token_type"]
+        vocabulary = {text: token for token, text in enumerate(read["tokens"])}
+        specials = {text: token for text, token in vocabulary.items() if kinds[token] != _GGUF_ORDINARY}
+        merges = [pair.split(" ") for pair in read["merges"]]
+        return _from_vocabulary(vocabulary, merges, GGUF_PATTERNS[pre], specials)
+    except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: no readable tokenizer: {error}") from error
