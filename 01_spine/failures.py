@@ -22,6 +22,7 @@ from common.evaluation.runner import evaluate
 from common.evaluation.task import Addition
 from common.evaluation.text import score_documents
 from common.foundation.files import append_json_line, read_json_lines
+from common.foundation.readme import USUAL_LOOKS
 from common.foundation.run import Run, status
 from common.generation.engine import Engine
 from common.generation.sampling import SamplingParams, sample
@@ -204,8 +205,7 @@ def train_in_heldout() -> Specimen:
 
 def recast(model: NGram, broken: type[NGram]) -> NGram:
     """The same counts behind another forward."""
-    names = ("keys", "offsets", "tokens", "counts")
-    return broken(model.vocab_size, [dict(zip(names, model.level(k), strict=True)) for k in range(model.order)])
+    return broken(model.vocab_size, model.levels())
 
 
 def sees_the_target() -> Specimen:
@@ -364,7 +364,7 @@ def tuned_on_test() -> Specimen:
     return {**healthy(), "train_and_score": train_and_score}
 
 
-USUAL = ("beats-unigram", "samples-look-right", "repeatable")
+USUAL = USUAL_LOOKS
 
 january = functools.partial(Failure, month=MONTH, healthy=healthy)
 

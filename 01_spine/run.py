@@ -1,6 +1,7 @@
 """January: a language model and an adder that both only count, on one engine, from raw text to graded traces."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from common.data.corpora import shakespeare_scenes, split_by_play
@@ -59,7 +60,7 @@ def main(config: Config) -> None:
 
 
 def text_half(run: Run, config: Config) -> dict:
-    """Count models of orders 1 to `order` + 2 on validation plays; the chosen one, once, on test plays."""
+    """Count models of orders 1 to `order` + 2 on validation plays; that of `order`, fixed in advance, on test plays."""
     parts = split_by_play(shakespeare_scenes())
     plays = sorted({scene.group for scene in parts["train"]})[: config.plays]
     train = [scene for scene in parts["train"] if scene.group in plays]
@@ -67,8 +68,9 @@ def text_half(run: Run, config: Config) -> dict:
     noise = NGram.fit_documents(shuffle_characters(train), TOKENIZER, config.order)
     model = longest.truncated(config.order)
     save_checkpoint(run.path("text"), model, TOKENIZER)
-    by_order = [longest.truncated(n) for n in range(1, config.order + 3)]
-    curve = {m.order: score_documents(m, TOKENIZER, parts["validation"]).bits_per_byte() for m in by_order}
+    orders = range(1, config.order + 3)
+    validation = [score_documents(longest.truncated(n), TOKENIZER, parts["validation"]) for n in orders]
+    curve = {n: score.bits_per_byte() for n, score in zip(orders, validation, strict=True)}
     run.log(validation_bits_per_byte={n: interval.mean for n, interval in curve.items()})
     scores = [score_documents(m, TOKENIZER, parts["test"]) for m in (model, longest.truncated(1))]
     scores.append(score_documents(noise, TOKENIZER, shuffle_characters(parts["test"], seed=1)))
@@ -76,11 +78,11 @@ def text_half(run: Run, config: Config) -> dict:
     gain = paired_difference(scores[0].per_document(), scores[1].per_document(), weights=scores[0].bytes)
     engine, params = Engine(model, TOKENIZER), SamplingParams(temperature=0.8, seed=config.seed)
     ((sample,),) = engine.generate([engine.encode("ROMEO:\n")], params)
-    trained, scored = sum(len(scene.text.encode()) for scene in train), sum(score.tokens for score in scores)
+    trained, scored = sum(len(scene.text.encode()) for scene in train), sum(sum(s.tokens) for s in scores + validation)
     run.spend(trained=2 * trained, scored=scored, generated=len(sample.ids), flops=scored * model.flops_per_token())
     unit, name = f"{config.unit} per byte", f"{config.order}-gram"
-    title, axes = "Longer contexts help until they are too rare", {"xlabel": "order", "ylabel": "bits per byte"}
-    figure = curves(list(curve), {"validation plays": list(curve.values())}, title=title, **axes)
+    axes = {"title": "Longer contexts help, until they are too rare", "xlabel": "order", "ylabel": "bits per byte"}
+    figure = curves(orders, {"validation plays": list(curve.values())}, **axes)
     text, cost = f"A {name} of bytes codes unseen plays below the unigram", {"bytes counted": trained}
     return {
         "claims": [claim(text, value, floor, better="lower", unit=unit, cost=cost)],
@@ -99,12 +101,10 @@ def text_half(run: Run, config: Config) -> dict:
 
 def sums_half(run: Run, config: Config) -> dict:
     """The same engine on two-digit sums: asked directly (seen, unseen), graded leniently, and column by column."""
-    task, facts = Addition(rule=config.rule, normalise=config.normalise), column_facts()
-    learned = {
-        "ask": solved_documents(addition_problems(2, "train")),
-        "columns": solved_documents(facts, reverse_answer=True),
-        "nonsense": solved_documents(facts, reverse_answer=True, shuffle_answers=config.seed),
-    }
+    task = Addition(rule=config.rule, normalise=config.normalise)
+    facts = partial(solved_documents, column_facts(), reverse_answer=True)
+    solved = solved_documents(addition_problems(2, "train"))
+    learned = {"ask": solved, "columns": facts(), "none": facts(shuffle_answers=0)}
     models = {name: NGram.fit_documents(documents, TOKENIZER, SUM_ORDER) for name, documents in learned.items()}
     for name, model in models.items():
         save_checkpoint(run.path(name), model, TOKENIZER)
@@ -114,8 +114,9 @@ def sums_half(run: Run, config: Config) -> dict:
         report = evaluate(task, strategy, engine, config.problems, split=split, trace_path=path)
         run.spend(asked=report.tokens)
         return report
+
     seen, unseen = measure("seen", Ask(task), "ask", "train"), measure("unseen", Ask(task), "ask")
-    columns, nonsense = measure("columns", Columns(), "columns"), measure("nonsense", Columns(), "nonsense")
+    columns, nonsense = measure("columns", Columns(), "columns"), measure("nonsense", Columns(), "none")
     guess = measure("guess", Scripted("random guess", task.random_guess), None)
     rows = {
         "asked, sums seen in training": seen.accuracy,
@@ -126,8 +127,8 @@ def sums_half(run: Run, config: Config) -> dict:
         "random guess": guess.accuracy,
         "random guess, last digits compared": regrade(Addition(rule="last_digit"), guess.traces).accuracy,
     }
-    chosen = {"ask": unseen, "columns": columns}
-    numbers = [number("unseen sums", chosen[config.strategy].accuracy, "accuracy", f"strategy {config.strategy!r}")]
+    chosen = {"ask": unseen, "columns": columns}[config.strategy]
+    numbers = [number("unseen sums", chosen.accuracy, "accuracy", f"strategy {config.strategy!r}")]
     numbers += [number(name, interval, "accuracy", f"{interval.n:,} sums") for name, interval in rows.items()]
     text, asked = "Column by column, unseen sums come out right", [trace["question"] for trace in columns.traces]
     title, caption = "One kind of model, asked and graded differently", "Orange: the bar above, graded differently."

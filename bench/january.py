@@ -53,9 +53,11 @@ def main():
             {
                 "tokens counted": tokens,
                 "fit: naive / fast, CPU seconds": round(slow_fit / fast_fit, 1),
-                "distribution at one position: naive / fast": round((slow_read / 40) / (fast_score / score.tokens), 1),
+                "distribution at one position: naive / fast": round(
+                    (slow_read / 40) / (fast_score / sum(score.tokens)), 1
+                ),
                 "sampling a row alone / in a batch of 64": round((alone / 8) / (together / 64), 1),
-                "scored tokens a CPU second": round(score.tokens / fast_score),
+                "scored tokens a CPU second": round(sum(score.tokens) / fast_score),
             }
         )
     )

@@ -5,6 +5,7 @@ Torch is imported only by the commands that need it, so that the help answers at
 
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -24,8 +25,16 @@ app = tyro.extras.SubcommandApp()
 
 def finish(value: Any, as_json: bool) -> None:
     """With --json, the result as one JSON object on the last line."""
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: finite(one) for key, one in item.items()}
+        if isinstance(item, list | tuple):
+            return [finite(one) for one in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
     if as_json:
-        print(json.dumps(value))
+        print(json.dumps(finite(value), allow_nan=False))
 
 
 @app.command(name="year")
@@ -131,7 +140,7 @@ def doctor(hf: str | None = None, size: Size = "small", run: Path | None = None,
     Args:
         hf: what `AutoModelForCausalLM.from_pretrained` accepts.
         size: size of our run, without --hf.
-        run: a run directory, instead of the latest one of that size.
+        run: a run directory, instead of the one of that size.
     """
     from common.diagnostics.doctor import doctor as examine
 
@@ -245,7 +254,7 @@ def sample(
     """Let the latest text model continue a prompt.
 
     Args:
-        run: a run directory, instead of the latest one of that size.
+        run: a run directory, instead of the one of that size.
     """
     from common.generation.sampling import SamplingParams
 
@@ -277,7 +286,7 @@ def evaluate(
 
     Args:
         traces: a file for the traces; an interrupted evaluation continues from it.
-        run: a run directory, instead of the latest one of that size.
+        run: a run directory, instead of the one of that size.
     """
     from common.evaluation.runner import evaluate as measure
     from common.evaluation.task import Addition
@@ -291,20 +300,23 @@ def evaluate(
 
 
 def trained(name: str, size: str, run: Path | None) -> Any:
-    """An engine on a checkpoint of a January run: that one, or the latest of the size, made now if there is none."""
-    from common.foundation.run import ensure, latest
+    """An engine on a checkpoint of a January run: that one, or the one of the size, made now if there is none."""
+    from common.foundation.run import ensure
     from common.generation.engine import Engine
     from common.tokenization.byte import ByteTokenizer
     from common.training.checkpoint import load_checkpoint
 
     with redirect_stdout(sys.stderr):
-        folder = run or latest("01_spine", size) or ensure("01_spine", size)
+        folder = run or ensure("01_spine", size)
     tokenizer = ByteTokenizer()
     return Engine(load_checkpoint(folder / name, tokenizer), tokenizer)
 
 
 def main() -> None:
     """Errors that a person can act on are one sentence, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # models write any character, also into a pipe
     try:
         app.cli(prog="python -m common", description="Foundations to Reasoning: one spine, twelve months.")
     except (ValueError, OSError, RuntimeError, ClaimFailed) as error:

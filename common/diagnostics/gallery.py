@@ -54,7 +54,7 @@ def kill_matrix(failures: Sequence[Failure], probes: Sequence[Probe] = ALL) -> l
     """Measure every probe on each distinct healthy specimen, then on the broken one of each failure."""
     cells = []
     healthy = {failure.healthy: failure for failure in failures}
-    specimens = [(_healthy_name(f, list(healthy)), f.month, f.healthy, True) for f in healthy.values()]
+    specimens = [(_healthy_name(f), f.month, f.healthy, True) for f in healthy.values()]
     specimens += [(failure.id, failure.month, failure.broken, False) for failure in failures]
     for name, month, make, is_healthy in tqdm(specimens, desc="gallery", unit="specimen", delay=5):
         with opened(make()) as specimen:
@@ -70,7 +70,7 @@ def kill_matrix(failures: Sequence[Failure], probes: Sequence[Probe] = ALL) -> l
     return cells
 
 
-def _healthy_name(failure: Failure, functions: list) -> str:
+def _healthy_name(failure: Failure) -> str:
     """healthy/01_spine; a month with several healthy specimens adds the function's name."""
     name = failure.healthy.__name__
     return f"healthy/{failure.month}" if name == "healthy" else f"healthy/{failure.month}/{name}"

@@ -5,7 +5,8 @@ Two rules can differ by more than two models do: `last_digit` exists to show tha
 
 import re
 
-_NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+# A sign after a digit is a minus or a hyphen: "10-12" holds 10 and 12.
+_NUMBER = r"(?:(?<!\d)[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
 
 RULES = {
     "last_number": "the last number in the text",

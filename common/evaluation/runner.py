@@ -5,6 +5,8 @@ model, tokenizer, task and strategy they belong to. A killed evaluation continue
 else refuses to (gallery: spine/resume-other-config).
 """
 
+import contextlib
+import inspect
 import os
 import time
 from collections.abc import Sequence
@@ -12,14 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 from tqdm import tqdm
 
 from common.data.problems import Problem
 from common.evaluation.task import Strategy, Task, describe
-from common.foundation.files import append_json_line, read_json_lines, set_aside
+from common.foundation.code import code_hashes
+from common.foundation.files import append_json_line, read_json_lines, set_aside, sha256_json
 from common.foundation.statistics import Interval, mean_ci
 from common.training.checkpoint import model_fingerprint
 
+COSTS = ("prompt_tokens", "generated_tokens", "seconds")
 Trace = dict[str, Any]  # one line of a trace file; its keys are listed in `_trace`
 
 
@@ -74,12 +79,39 @@ def evaluate(
         ValueError: the trace file belongs to another evaluation; the message says what differs.
     """
     problems = task.problems(split, n, seed)
+    if trace_path is not None:
+        Path(trace_path).parent.mkdir(parents=True, exist_ok=True)
+    lock = (
+        contextlib.nullcontext()
+        if trace_path is None
+        else filelock.FileLock(f"{os.fspath(trace_path)}.lock", timeout=0)
+    )
+    try:
+        with lock:
+            return _evaluate(task, strategy, engine, problems, split, trace_path, resume, chunk)
+    except filelock.Timeout:
+        raise RuntimeError(
+            f"{os.fspath(trace_path)} is being written by another evaluation: wait, or use another file"
+        ) from None
+
+
+def _evaluate(
+    task: Task,
+    strategy: Strategy,
+    engine: Any,
+    problems: Sequence[Problem],
+    split: str,
+    trace_path: str | Path | None,
+    resume: bool,
+    chunk: int,
+) -> Report:
     header = evaluation_identity(task, strategy, engine, split)
     done: dict[str, Trace] = {}
     if trace_path is not None:
         if not resume and Path(trace_path).exists():
             set_aside(trace_path)
-        done = {trace["problem"]: trace for trace in _resume(Path(trace_path), header)}
+        # Graded again: the answers are kept, the verdict is today's.
+        done = {trace["problem"]: trace for trace in regrade(task, _resume(Path(trace_path), header)).traces}
     waiting = [problem for problem in problems if problem.name not in done]
     bar = tqdm(total=len(waiting), desc=f"{task.name}, {strategy.name}", unit="problem", delay=5)
     for first in range(0, len(waiting), chunk):
@@ -101,14 +133,23 @@ def evaluate(
 
 
 def evaluation_identity(task: Task, strategy: Strategy, engine: Any, split: str) -> dict[str, Any]:
-    """What an evaluation is an evaluation of. Equal identities: the traces are interchangeable."""
+    """What an evaluation is an evaluation of. Equal identities: the answers are interchangeable."""
     return {
         "model": None if engine is None else model_fingerprint(engine.model),
         "tokenizer": None if engine is None else engine.tokenizer.fingerprint,
         "task": describe(task),
         "strategy": describe(strategy),
         "split": split,
+        "code": _code_of(strategy),
     }
+
+
+def _code_of(strategy: Strategy) -> str | None:
+    """The hash of the code that a strategy reaches; None for one that was defined in a notebook."""
+    try:
+        return sha256_json(code_hashes(inspect.getfile(type(strategy))))
+    except (TypeError, OSError):
+        return None
 
 
 def _resume(path: Path, header: dict[str, Any]) -> list[Trace]:
@@ -167,8 +208,10 @@ def regrade(task: Task, traces: Sequence[Trace]) -> Report:
 
 def report(traces: Sequence[Trace]) -> Report:
     """Count and bill the traces of one evaluation."""
+    if not traces:
+        return Report(Interval(0.0, 0.0, 1.0, 0, "none"), 0, 0, 0, dict.fromkeys(COSTS, 0), [])
     verdicts = [trace["correct"] for trace in traces]
-    cost = {name: sum(t["cost"][name] for t in traces) for name in ("prompt_tokens", "generated_tokens", "seconds")}
+    cost = {name: sum(t["cost"][name] for t in traces) for name in COSTS}
     return Report(
         accuracy=mean_ci([float(verdict is True) for verdict in verdicts]),
         correct=sum(verdict is True for verdict in verdicts),

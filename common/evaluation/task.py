@@ -1,6 +1,8 @@
 """What is measured: tasks that pose and grade problems, strategies that solve them."""
 
 import dataclasses
+import functools
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -71,7 +73,10 @@ class Strategy(Protocol):
 
 
 def describe(thing: Any) -> dict[str, Any]:
-    """A task or strategy as plain values: its class and its fields. What is not a plain value counts by its name."""
+    """A task or strategy as plain values: its class and its fields. A function counts by its code and what it captured.
+
+    Raises ValueError for a value that cannot be told from another one of its kind.
+    """
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
@@ -80,7 +85,21 @@ def describe(thing: Any) -> dict[str, Any]:
             return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
-        return value if isinstance(value, str | int | float | bool | None) else getattr(value, "__qualname__", "?")
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, str | int | float | bool | None):
+            return value
+        if isinstance(value, functools.partial):
+            return ["partial", plain(value.func), plain(value.args), plain(value.keywords)]
+        if isinstance(value, types.MethodType):
+            return ["method", value.__name__, plain(value.__self__)]
+        if isinstance(value, types.FunctionType):
+            captured = [plain(cell.cell_contents) for cell in value.__closure__ or ()]
+            code = value.__code__
+            return [value.__qualname__, code.co_code.hex(), repr(code.co_consts), list(code.co_names), captured]
+        raise ValueError(
+            f"cannot describe {type(value).__name__} {value!r}: use plain values, dataclasses or functions"
+        )
 
     return {"kind": type(thing).__name__, **{f.name: plain(getattr(thing, f.name)) for f in dataclasses.fields(thing)}}
 
@@ -123,9 +142,7 @@ class Addition:
         return problem.question
 
     def grade(self, problem: Problem, text: str) -> Grade:
-        extracted = extract_answer(text, self.rule)
-        if extracted is not None and self.answer_order == "reversed":
-            extracted = extracted[::-1]
+        extracted = extract_answer(text[::-1] if self.answer_order == "reversed" else text, self.rule)
         gold = extract_answer(problem.answer, self.rule)
         correct, reason = grade(extracted, gold or problem.answer, normalise=self.normalise)
         return Grade(correct, extracted, self.rule, reason)

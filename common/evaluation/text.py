@@ -14,16 +14,16 @@ from common.training.loss import bits, token_nats
 
 @dataclass(frozen=True)
 class TextScore:
-    """Nats and bytes of each document. The end-of-text tokens are neither scored nor counted."""
+    """Nats, bytes and tokens of each document. The end-of-text tokens are neither scored nor counted."""
 
     names: list[str]
     groups: list[str]
     nats: list[float]
     bytes: list[int]
-    tokens: int
+    tokens: list[int]
 
     def bits_per_byte(self) -> Interval:
-        """Over the whole text; the interval resamples documents, which are the independent items here."""
+        """Over the whole text. The interval resamples documents, so it speaks for documents of these groups (plays)."""
         return mean_ci(self.per_document(), weights=self.bytes)
 
     def nats_per_byte(self) -> Interval:
@@ -44,7 +44,7 @@ class TextScore:
                 [group] * len(rows),
                 [self.nats[i] for i in rows],
                 [self.bytes[i] for i in rows],
-                sum(self.bytes[i] for i in rows),
+                [self.tokens[i] for i in rows],
             )
         return parts
 
@@ -65,16 +65,16 @@ def score_documents(
     sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     nats = torch.zeros(len(documents), dtype=torch.float64)
     count = torch.zeros(len(documents), dtype=torch.int64)
-    tokens = 0
+    tokens = torch.zeros(len(documents), dtype=torch.int64)
     for batch in scoring_batches(sequences, length=max(length, 2 * model.context_length), overlap=model.context_length):
         logits = model(batch.inputs, document_ids=batch.document_ids).logits
         scored = batch.loss_mask & (sizes[batch.targets] > 0)
         owner = batch.document_ids[scored]
         nats.index_add_(0, owner, token_nats(logits, batch.targets)[scored].double())
         count.index_add_(0, owner, sizes[batch.targets][scored])
-        tokens += int(scored.sum())
+        tokens.index_add_(0, owner, torch.ones_like(owner))
     names, groups = [document.name for document in documents], [document.group for document in documents]
-    return TextScore(names, groups, nats.tolist(), count.tolist(), tokens)
+    return TextScore(names, groups, nats.tolist(), count.tolist(), tokens.tolist())
 
 
 def shuffle_characters(documents: Sequence[Document], seed: int = 0) -> list[Document]:

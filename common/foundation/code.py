@@ -8,7 +8,7 @@ import functools
 import subprocess
 from pathlib import Path
 
-from common.foundation.files import sha256_bytes
+from common.foundation.files import sha256_json
 from common.foundation.months import ROOT
 
 
@@ -24,12 +24,21 @@ def _parse(path: Path) -> tuple[str, frozenset[str]]:
             # `from common.model import ngram` may name a module or an object of the package: ask the disk.
             imported.add(node.module)
             imported.update(f"{node.module}.{alias.name}" for alias in node.names)
-        body = getattr(node, "body", None)
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node, clean=False) is not None:
-            node.body = body[1:] or [ast.Pass()]
+            node.body = node.body[1:] or [ast.Pass()]
     modules = frozenset(name for name in imported if name.split(".")[0] == "common")
-    return sha256_bytes(ast.unparse(tree).encode("utf-8")), modules
+    return sha256_json(_shape(tree)), modules
+
+
+def _shape(node: object) -> object:
+    """A syntax tree as plain values. Empty fields are left out: which ones exist depends on the version of Python."""
+    if isinstance(node, ast.AST):
+        fields = {
+            name: _shape(value) for name, value in ast.iter_fields(node) if value not in (None, []) and name != "kind"
+        }
+        return [type(node).__name__, fields]
+    return [_shape(item) for item in node] if isinstance(node, list) else repr(node)
 
 
 def _module_path(name: str) -> Path | None:
@@ -56,6 +65,8 @@ def code_hashes(script: str | Path) -> dict[str, str]:
     visit(script.name, script)
     while waiting:
         name = waiting.pop()
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])  # importing a module runs its packages' __init__ as well
         path = _module_path(name)
         if path is not None and name not in hashes:
             visit(name, path)

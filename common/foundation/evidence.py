@@ -69,7 +69,4 @@ def _show(value: Any) -> str:
 
 
 def _plain(value: Interval | PairedDifference | float) -> dict[str, Any] | float:
-    if isinstance(value, int | float):
-        return value
-    mean = value.mean if isinstance(value, Interval) else value.difference
-    return {"mean": mean, "low": value.low, "high": value.high, "n": value.n}
+    return value if isinstance(value, int | float) else value.as_dict()

@@ -1,7 +1,8 @@
 """Files that are whole or absent: atomic writes, checked reads, append-only JSON lines.
 
-A half-written file is the cheapest way to lose a run, and the easiest to mistake for a finished one. Everything that
-the spine writes goes through `atomic_path`, so that a reader sees the old file or the new one, never half of either.
+A half-written file is the cheapest way to lose a run, and the easiest to mistake for a finished one. Files that are written
+in one go use `atomic_path`, so that a reader sees the old file or the new one, never half of either; files that grow are
+JSON lines, of which a kill can damage only the last.
 """
 
 import hashlib
@@ -51,7 +52,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises ValueError on NaN and infinity: they are not JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -71,7 +72,7 @@ def append_json_line(path: str | Path, *values: Any) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(canonical_json(value) + "\n" for value in values)
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 

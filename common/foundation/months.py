@@ -18,22 +18,21 @@ class Month:
     folder: str
     name: str
     title: str
-    rooms: tuple[str, ...]  # the rooms of common/ that this month opens or widens
 
 
 MONTHS = (
-    Month(1, "01_spine", "January", "Two models, one spine", ("foundation", "diagnostics")),
-    Month(2, "02_tokenization", "February", "Tokenization and data that don't lie", ("tokenization", "data")),
-    Month(3, "03_attention", "March", "Attention: masks, shapes and order", ("model",)),
-    Month(4, "04_blocks", "April", "Transformer blocks: paths, norms, knobs", ("model",)),
-    Month(5, "05_pretraining", "May", "Pretraining with an honest loop", ("training", "data", "generation")),
-    Month(6, "06_baselines", "June", "Baselines: other people's weights", ("pretrained",)),
-    Month(7, "07_classification", "July", "Fine-tuning to classify", ("finetuning",)),
-    Month(8, "08_instruction", "August", "Fine-tuning to follow instructions", ("finetuning",)),
-    Month(9, "09_evaluation", "September", "Evaluating reasoning", ("evaluation",)),
-    Month(10, "10_scaling_one", "October", "Inference scaling I: sampling and voting", ("reasoning", "generation")),
-    Month(11, "11_scaling_two", "November", "Inference scaling II: scoring and refining", ("reasoning",)),
-    Month(12, "12_rl_distill", "December", "Reinforcement learning and distillation", ("reinforcement",)),
+    Month(1, "01_spine", "January", "Two models, one spine"),
+    Month(2, "02_tokenization", "February", "Tokenization and data that don't lie"),
+    Month(3, "03_attention", "March", "Attention: masks, shapes and order"),
+    Month(4, "04_blocks", "April", "Transformer blocks: paths, norms, knobs"),
+    Month(5, "05_pretraining", "May", "Pretraining with an honest loop"),
+    Month(6, "06_baselines", "June", "Baselines: other people's weights"),
+    Month(7, "07_classification", "July", "Fine-tuning to classify"),
+    Month(8, "08_instruction", "August", "Fine-tuning to follow instructions"),
+    Month(9, "09_evaluation", "September", "Evaluating reasoning"),
+    Month(10, "10_scaling_one", "October", "Inference scaling I: sampling and voting"),
+    Month(11, "11_scaling_two", "November", "Inference scaling II: scoring and refining"),
+    Month(12, "12_rl_distill", "December", "Reinforcement learning and distillation"),
 )
 
 

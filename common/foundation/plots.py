@@ -6,6 +6,7 @@ marker. Every figure comes with alt text, and its numbers can be printed, so tha
 
 import io
 import itertools
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.foundation.statistics import Interval
+
+if "ipykernel" not in sys.modules:
+    mpl.use("agg")  # a script draws into files: no window, no display needed
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
@@ -38,7 +42,6 @@ def use_style() -> None:
             "legend.frameon": False,
             "lines.linewidth": 1.8,
             "lines.markersize": 5,
-            "svg.hashsalt": "spine",
         }
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from common.foundation.files import atomic_path, read_json
 from common.foundation.months import MONTHS, ROOT, is_built
 from common.foundation.report import show_value
-from common.foundation.run import latest, needed
+from common.foundation.run import needed, official
 
 USUAL_LOOKS = ("beats-unigram", "samples-look-right", "repeatable")
 
@@ -53,7 +53,7 @@ def year_table(size: str) -> str:
         if not is_built(month.folder):
             lines.append(f"| {month.number:02d} {month.name} | {month.title} | planned | | | |")
             continue
-        directory = latest(month.folder, size)
+        directory = official(month.folder, size)
         claims = read_json(directory / "summary.json")["claims"] if directory else []
         said = "<br>".join(f"{c['text']}: {show_value(c['value'])} {c['unit']}".strip() for c in claims)
         time = run_time(read_json(directory / "manifest.json")["wall_seconds"]) if directory else ""

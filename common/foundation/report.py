@@ -13,7 +13,7 @@ import jinja2
 
 from common.foundation.files import atomic_path, read_json
 from common.foundation.months import MONTHS, is_built
-from common.foundation.run import latest, runs_root
+from common.foundation.run import official, runs_root
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -35,8 +35,8 @@ def show_cost(manifest: dict[str, Any]) -> str:
 
 
 def month_entry(folder: str, size: str) -> dict[str, Any] | None:
-    """What the page shows of the latest finished run of a month, or None."""
-    directory = latest(folder, size)
+    """What the page shows of the finished run of a month, or None."""
+    directory = official(folder, size) if is_built(folder) else None
     if directory is None:
         return None
     summary, manifest = read_json(directory / "summary.json"), read_json(directory / "manifest.json")
@@ -48,7 +48,7 @@ def month_entry(folder: str, size: str) -> dict[str, Any] | None:
 
 
 def write_report(size: str, notes: dict[str, str] | None = None) -> Path:
-    """Write runs/report.html from the latest finished run of each month at that size.
+    """Write runs/report.html from the finished run of each month at that size.
 
     Args:
         notes: folder -> why a month has no run, such as an input that could not be fetched.
@@ -59,6 +59,7 @@ def write_report(size: str, notes: dict[str, str] | None = None) -> Path:
             "month": month,
             "built": is_built(month.folder),
             "run": month_entry(month.folder, size),
+            "warning": month.folder in notes,
             "note": notes.get(month.folder, "not run yet at this size" if is_built(month.folder) else "not built yet"),
         }
         for month in MONTHS
@@ -70,5 +71,5 @@ def write_report(size: str, notes: dict[str, str] | None = None) -> Path:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     path = runs_root() / "report.html"
     with atomic_path(path) as temporary:
-        temporary.write_text(template.render(months=months, size=size), encoding="utf-8")
+        temporary.write_text(template.render(months=months, size=size), encoding="utf-8", newline="\n")
     return path

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.foundation.code import code_hashes
 from common.foundation.files import read_json
-from common.foundation.months import ROOT, load
+from common.foundation.months import ROOT
 from common.foundation.run import ensure, status
 
 # Numbers that agree to this many significant digits are the same result: threads and processors round differently.
@@ -24,7 +24,7 @@ class Outcome:
 
     @property
     def agrees(self) -> bool:
-        return all(count >= DIGITS for count in self.digits.values())
+        return bool(self.digits) and all(count >= DIGITS for count in self.digits.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {"run": self.run, "agrees": self.agrees, "digits": self.digits, "changed_code": self.changed_code}
@@ -51,7 +51,6 @@ def reproduce(directory: Path, scratch: Path) -> Outcome:
     now = code_hashes(ROOT / manifest["month"] / "run.py")
     changed = sorted(name for name in {*now, *manifest["code"]} if now.get(name) != manifest["code"].get(name))
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in manifest["config"].items()}
-    load(manifest["month"], "run")
     before = os.environ.get("SPINE_RUNS")
     os.environ["SPINE_RUNS"] = str(scratch)
     try:

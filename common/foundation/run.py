@@ -18,6 +18,8 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +34,6 @@ from common.foundation.config import as_dict, config_hash, resolve
 from common.foundation.files import (
     append_json_line,
     read_json,
-    read_json_lines,
     set_aside,
     sha256_file,
     sha256_json,
@@ -41,7 +42,6 @@ from common.foundation.files import (
 from common.foundation.months import ROOT, load, month
 
 PACKAGES = ("torch", "numpy", "safetensors", "matplotlib", "tiktoken", "transformers", "reasoning-gym")
-RECORDS = ("manifest.json", "summary.json", "metrics.jsonl")
 
 
 def runs_root() -> Path:
@@ -50,9 +50,10 @@ def runs_root() -> Path:
 
 
 def content_key(folder: str, config: Any, inputs: dict[str, str]) -> str:
-    """What decides the result of a run: its config, its inputs and its code. Equal keys: no need to run again."""
+    """What decides the result of a run: config, inputs, code, torch and numpy. Equal keys: no need to run again."""
     code = code_hashes(ROOT / month(folder).folder / "run.py")
-    return sha256_json({"config": as_dict(config), "inputs": inputs, "code": code})
+    versions = {name: version for name, version in _versions().items() if name in ("torch", "numpy")}
+    return sha256_json({"config": as_dict(config), "inputs": inputs, "code": code, "versions": versions})
 
 
 def run_directory(folder: str, config: Any, root: Path | None = None) -> Path:
@@ -67,10 +68,12 @@ def status(directory: str | Path) -> str:
     directory = Path(directory)
     if not (directory / "manifest.json").exists():
         return "absent"
-    manifest = read_json(directory / "manifest.json")
+    try:
+        manifest = read_json(directory / "manifest.json")
+    except ValueError:
+        return "damaged"
     if manifest["status"] == "running":
-        here = manifest["machine"]["host"] == platform.node()
-        return "running" if here and psutil.pid_exists(manifest["pid"]) else "interrupted"
+        return "running" if manifest["process"] == _process(manifest["process"]["pid"]) else "interrupted"
     if manifest["status"] == "finished":
         for name, digest in manifest["artifacts"].items():
             path = directory / name
@@ -79,20 +82,34 @@ def status(directory: str | Path) -> str:
     return manifest["status"]
 
 
+def _process(pid: int) -> dict[str, Any] | None:
+    """What tells a process from a later one with the same number, and from one on another machine."""
+    try:
+        return {"host": platform.node(), "pid": pid, "started": round(psutil.Process(pid).create_time(), 1)}
+    except psutil.NoSuchProcess:
+        return None
+
+
 def latest(folder: str, size: str) -> Path | None:
-    """The directory of the newest finished run of that month and size, or None."""
+    """The directory of the newest finished run of that month and size, whatever its config, or None."""
     folder = month(folder).folder
     candidates = [
         path
         for path in (runs_root() / folder).glob(f"{size}-*")
-        if "." not in path.name and (path / "manifest.json").exists() and status(path) == "finished"
+        if "." not in path.name and path.is_dir() and status(path) == "finished"
     ]
     return max(candidates, key=lambda path: read_json(path / "manifest.json")["ended"], default=None)
 
 
+def official(folder: str, size: str) -> Path | None:
+    """The finished run of a month as its size defines it, no field overridden: what the year reports and builds on."""
+    directory = run_directory(folder, configure(load(folder, "run"), size=size))
+    return directory if status(directory) == "finished" else None
+
+
 def needed(folder: str, size: str) -> Path:
-    """Like `latest`, but raises FileNotFoundError that says which command makes the run."""
-    found = latest(folder, size)
+    """Like `official`, but raises FileNotFoundError that says which command makes the run."""
+    found = official(folder, size)
     if found is None:
         raise FileNotFoundError(
             f"no finished run of {folder} at size {size} under {runs_root()}. "
@@ -142,9 +159,28 @@ def ensure(folder: str, size: str = "small", *, force: bool = False, **overrides
         announce(f"{month(folder).folder}: nothing changed since {directory.name}; not run again")
     else:
         if force and directory.exists():
-            set_aside(directory)
+            with _locked(directory):
+                set_aside(directory)
         module.main(config)
     return directory
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a run directory, or raise RuntimeError if another process has it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(f"{directory}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RuntimeError(
+            f"{directory} is being written by another process. Wait for it, "
+            "or change the config or $SPINE_RUNS to run beside it."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Run:
@@ -170,21 +206,15 @@ class Run:
         self.resumed = False
         self._inputs = input_hashes(inputs, config.size)
         self._summary: dict[str, Any] | None = None
-        self._lock = filelock.FileLock(f"{self.directory}.lock")
+        self._lock = _locked(self.directory)
+        self._earlier = {"wall_seconds": 0.0, "cpu_seconds": 0.0}
 
     def __enter__(self) -> Self:
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise RuntimeError(
-                f"{self.directory} is being written by another process. Wait for it, "
-                "or change the config or $SPINE_RUNS to run beside it."
-            ) from None
+        self._lock.__enter__()
         try:
             self._start()
         except BaseException:
-            self._lock.release()
+            self._lock.__exit__(None, None, None)
             raise
         return self
 
@@ -200,6 +230,7 @@ class Run:
             self.resumed = before.get("content_key") == key and before.get("status") in ("running", "crashed")
             if self.resumed:
                 attempts = before["attempts"] + 1
+                self._earlier = {name: before.get(name, 0.0) for name in self._earlier}  # a killed attempt left no bill
                 (self.directory / "metrics.jsonl").unlink(missing_ok=True)
             else:
                 set_aside(self.directory)
@@ -210,7 +241,7 @@ class Run:
             "month": self.folder,
             "size": self.config.size,
             "status": "running",
-            "pid": os.getpid(),
+            "process": _process(os.getpid()),
             "attempts": attempts,
             "content_key": key,
             "config": as_dict(self.config),
@@ -273,7 +304,7 @@ class Run:
             if error is not None:
                 (self.directory / "summary.json").unlink(missing_ok=True)
                 self._close("crashed", error="".join(traceback.format_exception_only(error)).strip())
-            self._lock.release()
+            self._lock.__exit__(None, None, None)
 
     def _commit(self) -> None:
         """Write the summary, then the status with the hash of everything that it vouches for: the commit point."""
@@ -290,8 +321,8 @@ class Run:
     def _close(self, status: str, **more: Any) -> None:
         self.manifest["status"] = status
         self.manifest["ended"] = datetime.now(UTC).isoformat(timespec="microseconds")
-        self.manifest["wall_seconds"] = round(time.perf_counter() - self._wall, 3)
-        self.manifest["cpu_seconds"] = round(machine.cpu_seconds() - self._cpu, 3)
+        self.manifest["wall_seconds"] = round(self._earlier["wall_seconds"] + time.perf_counter() - self._wall, 3)
+        self.manifest["cpu_seconds"] = round(self._earlier["cpu_seconds"] + machine.cpu_seconds() - self._cpu, 3)
         self.manifest["peak_memory_bytes"] = machine.peak_memory_bytes()
         self.manifest.update(more)
         self._write()
@@ -305,11 +336,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return read_json_lines(Path(directory) / "metrics.jsonl")
 
 
 def result(directory: str | Path) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class PairedDifference:
     only_b: int | None = None
     p_value: float | None = None
 
+    def as_dict(self) -> dict[str, float | int]:
+        return {"mean": self.difference, "low": self.low, "high": self.high, "n": self.n}
+
     def __str__(self) -> str:
         text = f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
         return text if self.p_value is None else f"{text}, McNemar p = {self.p_value:.2g}"
@@ -57,6 +60,13 @@ def _values(name: str, values: Sequence[float]) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{name} contains NaN or infinity at index {int(np.flatnonzero(~np.isfinite(array))[0])}")
     return array
+
+
+def _weights(weights: Sequence[float] | None, n: int) -> np.ndarray:
+    weight = np.ones(n) if weights is None else _values("weights", weights)
+    if len(weight) != n or (weight < 0).any() or weight.sum() == 0:
+        raise ValueError(f"{n} values need {n} weights, none negative and not all zero; got {len(weight)}")
+    return weight
 
 
 def mean_ci(
@@ -74,7 +84,8 @@ def mean_ci(
     bootstrap (Efron 1979). `weights` makes it a weighted mean, resampled item by item: with values = bits per byte of
     each scene and weights = bytes of each scene, it is the bits per byte of the whole text.
 
-    The items must be independent: resample scenes, not the bytes inside them.
+    The items must be independent: resample scenes, not the bytes inside them. Where items come in groups (scenes of a
+    play), the interval speaks for these groups; what another group would give can differ by more.
 
     >>> print(mean_ci([1] * 8 + [0] * 2))    # 8 of 10 right says little
     0.800 [0.490, 0.943]
@@ -89,9 +100,9 @@ def mean_ci(
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)), n, "wilson")
-    weight = np.ones(n) if weights is None else _values("weights", weights)
-    if len(weight) != n or (weight < 0).any() or weight.sum() == 0:
-        raise ValueError(f"{n} values need {n} weights, none negative and not all zero; got {len(weight)}")
+    if n == 1:
+        raise ValueError("one value has no interval: give at least two independent items")
+    weight = _weights(weights, n)
     means = _resampled_means(array * weight, weight, resamples, seed)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float((array * weight).sum() / weight.sum()), float(low), float(high), n, "bootstrap")
@@ -134,7 +145,7 @@ def paired_difference(
     first, second = _values("a", a), _values("b", b)
     if len(first) != len(second):
         raise ValueError(f"paired values must belong to the same items: {len(first)} in a, {len(second)} in b")
-    weight = np.ones(len(first)) if weights is None else _values("weights", weights)
+    weight = _weights(weights, len(first))
     gap, n = first - second, len(first)
     difference = float((gap * weight).sum() / weight.sum())
     if weights is not None or not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():

@@ -144,12 +144,12 @@ class Engine:
             return "end_of_text"
         before = len(row.raw)
         row.raw += self.tokenizer.token_bytes(token)
-        for stop in stops:
-            at = row.raw.find(stop, max(0, before - len(stop) + 1))
-            if at >= 0:
-                row.raw = row.raw[:at]
-                return "stop"
-        return None
+        places = [row.raw.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
+        found = [at for at in places if at >= 0]
+        if not found:
+            return None
+        row.raw = row.raw[: min(found)]  # the earliest, whatever the order in which the stop texts were given
+        return "stop"
 
     def _next_logits(self, contexts: list[list[int]]) -> torch.Tensor:
         """Logits of the token after each context, (B, V). Shorter contexts are padded on the left and masked."""

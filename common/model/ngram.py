@@ -26,6 +26,8 @@ from common.data.documents import Document, tokenize_documents
 from common.model.output import Output
 from common.tokenization.protocol import Tokenizer
 
+PARTS = ("keys", "offsets", "tokens", "counts")  # the arrays of a level
+
 
 class NaiveNGram:
     """The formula, word for word. Slow: for reading and for checking `NGram`."""
@@ -69,7 +71,7 @@ class NGram(nn.Module):
         self.order = len(levels)
         self.context_length = max(1, self.order - 1)
         for k, level in enumerate(levels):
-            for name in ("keys", "offsets", "tokens", "counts"):
+            for name in PARTS:
                 self.register_buffer(f"level{k}_{name}", level[name])
 
     @classmethod
@@ -117,12 +119,15 @@ class NGram(nn.Module):
         """The model of a lower order that the same counts contain: no second pass over the text."""
         if not 1 <= order <= self.order:
             raise ValueError(f"a model of order {self.order} contains the orders 1 to {self.order}, not {order}")
-        names = ("keys", "offsets", "tokens", "counts")
-        return type(self)(self.vocab_size, [dict(zip(names, self.level(k), strict=True)) for k in range(order)])
+        return type(self)(self.vocab_size, self.levels()[:order])
 
     def level(self, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keys, offsets, tokens, counts) of the contexts of k tokens."""
-        return tuple(getattr(self, f"level{k}_{name}") for name in ("keys", "offsets", "tokens", "counts"))
+        return tuple(getattr(self, f"level{k}_{name}") for name in PARTS)
+
+    def levels(self) -> list[dict[str, Tensor]]:
+        """All levels, in the form in which the constructor takes them."""
+        return [dict(zip(PARTS, self.level(k), strict=True)) for k in range(self.order)]
 
     def forward(
         self,

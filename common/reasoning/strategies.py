@@ -4,7 +4,7 @@ Voting, scoring and refining come in October and November.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.data.problems import Problem
 from common.evaluation.task import Solution, Step, Task
@@ -13,7 +13,12 @@ from common.generation.sampling import SamplingParams
 
 
 def ask(engine: Engine, prompts: Sequence[str], params: SamplingParams, indices: Sequence[int]) -> list[Step]:
-    """The first completion of each prompt, as steps of a solution."""
+    """One completion of each prompt, as steps of a solution. Raises ValueError for n > 1: nobody would look at the rest."""
+    if params.n != 1:
+        raise ValueError(
+            f"this strategy takes one completion of each prompt, got n={params.n}: set n=1, or vote (October)"
+        )
+    params = replace(params, logprobs=True)
     completions = engine.generate([engine.encode(prompt) for prompt in prompts], params, indices=indices)
     return [
         Step(
@@ -22,15 +27,16 @@ def ask(engine: Engine, prompts: Sequence[str], params: SamplingParams, indices:
             finish_reason=first.finish_reason,
             prompt_tokens=first.prompt_tokens,
             generated_tokens=len(first.ids),
-            logprob=sum(first.logprobs or []),
+            logprob=sum(first.logprobs),
             seconds=first.seconds,
         )
         for prompt, (first, *_) in zip(prompts, completions, strict=True)
     ]
 
 
-ANSWER = SamplingParams(temperature=0, max_tokens=16, logprobs=True)
-COLUMN = SamplingParams(temperature=0, max_tokens=4, logprobs=True)
+ANSWER = SamplingParams(temperature=0, max_tokens=16)
+COLUMN = SamplingParams(temperature=0, max_tokens=4)
+MOST_COLUMNS = 1000
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,18 @@ class Columns:
 
     def solve(self, problems: Sequence[Problem], engine: Engine) -> list[Solution]:
         numbers = [problem.question.removesuffix("=").split("+") for problem in problems]
+        lengths = [max(map(len, pair)) for pair in numbers]
         written, carries = [""] * len(problems), ["0"] * len(problems)
         steps: list[list[Step]] = [[] for _ in problems]
-        for column in range(max(len(number) for pair in numbers for number in pair)):
+        for column in range(max(lengths, default=0)):
+            going = [i for i, length in enumerate(lengths) if column < length]  # others are done: no neighbour adds a 0
             prompts = [
-                "+".join([*(number.zfill(column + 1)[-1 - column] for number in pair), carry]) + "="
-                for pair, carry in zip(numbers, carries, strict=True)
+                "+".join([*(number.zfill(column + 1)[-1 - column] for number in numbers[i]), carries[i]]) + "="
+                for i in going
             ]
-            for i, step in enumerate(ask(engine, prompts, self.params, [problem.index for problem in problems])):
+            # Each column draws its own random numbers, whatever else is in the batch.
+            indices = [problems[i].index * MOST_COLUMNS + column for i in going]
+            for i, step in zip(going, ask(engine, prompts, self.params, indices), strict=True):
                 steps[i].append(step)
                 digit, carry = f"{step.text}0"[:1], f"{step.text}00"[1]
                 written[i], carries[i] = digit + written[i], carry if carry.isdecimal() else "0"

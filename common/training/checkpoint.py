@@ -9,11 +9,11 @@ January saves count models; May adds optimizer, schedule and loader state. Nothi
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
+import torch
 
 from common.foundation.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
-from common.model.ngram import NGram
+from common.model.ngram import PARTS, NGram
 from common.tokenization.protocol import Tokenizer
 
 
@@ -59,14 +59,15 @@ def load_checkpoint(folder: str | Path, tokenizer: Tokenizer) -> NGram:
     kind = described["model"]["kind"]
     if kind != "ngram":
         raise ValueError(f"{folder} holds a model of kind {kind!r}; this version can load 'ngram'")
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    names = ("keys", "offsets", "tokens", "counts")
-    levels = [{name: tensors[f"level{k}_{name}"] for name in names} for k in range(described["model"]["order"])]
+    tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())  # not mapped: the file may be moved
+    levels = [{name: tensors[f"level{k}_{name}"] for name in PARTS} for k in range(described["model"]["order"])]
     return NGram(described["model"]["vocab_size"], levels)
 
 
 def model_fingerprint(model: Any) -> str:
-    """A hash of every tensor of the model: equal fingerprints, equal functions."""
-    parts = [f"{name} {t.dtype} {tuple(t.shape)} ".encode() for name, t in sorted(model.state_dict().items())]
-    data = [t.contiguous().cpu().numpy().tobytes() for _, t in sorted(model.state_dict().items())]
-    return sha256_bytes(b"".join(part for pair in zip(parts, data, strict=True) for part in pair))
+    """A hash of the class, the vocabulary and every tensor: equal fingerprints and equal code, equal functions."""
+    parts = [f"{type(model).__module__}.{type(model).__qualname__} {model.vocab_size} ".encode()]
+    for name, tensor in sorted(model.state_dict().items()):
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        parts.append(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha256_bytes(b"".join(parts))

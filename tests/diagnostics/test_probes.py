@@ -61,7 +61,40 @@ def test_a_source_of_fair_coins_has_one_bit():
     assert source.entropy_rate == pytest.approx(1.0, abs=1e-3)
 
 
-def test_truncation_accepts_a_format_that_knows_its_length():
+def test_infinite_logits_hide_nothing(gpt2):
+    def padded(ids, leak=0.0):
+        logits = gpt2(ids).logits + leak * torch.nn.functional.one_hot(ids.roll(-1, dims=1), 61)
+        return torch.cat([logits, torch.full((*ids.shape, 3), -torch.inf)], dim=-1)
+
+    assert doctor(padded, 61).healthy
+    assert doctor(lambda ids: padded(ids, leak=1.0), 61).readings["future-perturbation"].caught
+    assert not doctor(lambda ids: padded(ids) * torch.nan, 61).healthy, "NaN is caught"
+
+
+@pytest.mark.parametrize("late", [3, 9, 14])
+def test_a_leak_at_one_place_only_is_seen(gpt2, late):
+    def leaking(ids):
+        logits = gpt2(ids).logits.clone()
+        logits[:, late] += torch.nn.functional.one_hot(ids[:, late + 1], 61)
+        return logits
+
+    assert doctor(leaking, 61).readings["future-perturbation"].caught
+
+
+def test_a_leak_from_the_first_row_only_is_seen(gpt2):
+    def leaking(ids):
+        logits = gpt2(ids).logits
+        return logits + logits[:1]
+
+    assert doctor(leaking, 61).readings["cross-row"].caught
+
+
+@pytest.mark.parametrize("ids", [torch.full((4, 16), 7), torch.tensor([[1, 2]]), torch.tensor([[1], [2]])])
+def test_inputs_that_can_show_nothing_are_an_alarm_not_an_ok(gpt2, ids):
+    assert not doctor(gpt2, 61, ids=ids).healthy
+
+
+def test_truncation_notices_that_plain_json_accepts_a_changed_letter():
     import json
 
     reading = by_name("truncation")(

@@ -1,12 +1,15 @@
 """Evaluation end to end: pairing, three-way counts, traces, resuming, refusing."""
 
 import dataclasses
+import functools
 import json
 
+import filelock
 import pytest
 
 from common.evaluation.runner import evaluate, read_traces, regrade, trace_text
-from common.evaluation.task import Addition
+from common.evaluation.task import Addition, describe
+from common.generation.engine import Engine
 from common.generation.sampling import SamplingParams
 from common.reasoning.strategies import Ask, Scripted
 
@@ -47,7 +50,7 @@ def test_problems_are_a_prefix_of_one_order():
 
 @pytest.mark.parametrize("done", [1, 7, 20])
 def test_a_resumed_evaluation_equals_an_undisturbed_one(adder, tmp_path, done):
-    whole = evaluate(TASK, WARM, adder, 30, split="train", trace_path=tmp_path / "whole")
+    whole = evaluate(TASK, WARM, adder, 30, split="train", trace_path=tmp_path / "whole", chunk=4)
     evaluate(TASK, WARM, adder, done, split="train", trace_path=tmp_path / "half")
     with open(tmp_path / "half", "a") as file:  # killed within a write
         file.write('{"answer": "1')
@@ -78,6 +81,66 @@ def test_the_traces_of_another_evaluation_are_refused(adder, tmp_path, change, n
     assert (tmp_path / "traces.jsonl.1").read_bytes() == before, "set aside, not lost"
 
 
+def test_kept_answers_are_not_asked_again_and_each_chunk_is_on_disk(adder, tmp_path):
+    path, asked = tmp_path / "t.jsonl", []
+
+    @dataclasses.dataclass(frozen=True)
+    class Stops:
+        after: int
+        name: str = "stops"
+
+        def solve(self, problems, engine):
+            if len(asked) >= self.after:
+                raise KeyboardInterrupt
+            asked.extend(problem.name for problem in problems)
+            return Scripted("x", right).solve(problems)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(TASK, Stops(8), adder, 20, split="train", trace_path=path, chunk=4)
+    assert len(read_traces(path)) == 8, "killed, and two chunks are kept"
+    asked.clear()
+    with pytest.raises(ValueError, match="strategy"):
+        evaluate(TASK, Stops(99), adder, 20, split="train", trace_path=path)
+    first = evaluate(TASK, WARM, adder, 12, split="train", trace_path=tmp_path / "u", chunk=4)
+    again = evaluate(TASK, WARM, adder, 12, split="train", trace_path=tmp_path / "u")
+    assert [t["seconds"] for t in again.traces] == [t["seconds"] for t in first.traces], (
+        "the same records, not new ones"
+    )
+
+
+def test_kept_answers_are_graded_by_todays_grader(adder, tmp_path, monkeypatch):
+    path = tmp_path / "t.jsonl"
+    evaluate(TASK, WARM, adder, 10, split="train", trace_path=path)
+    monkeypatch.setattr("common.evaluation.task.grade", lambda *_, **__: (None, "withdrawn"))
+    assert evaluate(TASK, WARM, adder, 10, split="train", trace_path=path).unparsed == 10
+
+
+def test_another_model_is_another_evaluation(adder, tokenizer, tmp_path):
+    path = tmp_path / "t.jsonl"
+    evaluate(TASK, WARM, adder, 5, split="train", trace_path=path)
+    other = Engine(adder.model.truncated(3), tokenizer)
+    with pytest.raises(ValueError, match="model differ"):
+        evaluate(TASK, WARM, other, 5, split="train", trace_path=path)
+
+
+def test_functions_are_told_apart_by_what_they_do():
+    def always(text):
+        return Scripted("s", lambda problem: text)
+
+    assert describe(always("a")) != describe(always("b"))
+    partials = [Scripted("s", functools.partial(max, text)) for text in "ab"]
+    with pytest.raises(ValueError, match="cannot describe"):
+        describe(partials[0])  # a built-in has no code to tell it by
+    with pytest.raises(ValueError, match="cannot describe"):
+        describe(Scripted("s", object()))
+
+
+def test_two_writers_of_one_trace_file_are_refused(tmp_path):
+    path = tmp_path / "t.jsonl"
+    with filelock.FileLock(f"{path}.lock"), pytest.raises(RuntimeError, match="being written"):
+        evaluate(TASK, Scripted("oracle", right), None, 5, trace_path=path)
+
+
 def test_regrading_changes_the_measurement_only(adder):
     asked = evaluate(Addition(), Scripted("ones", lambda p: "9" + p.answer[-1]), None, 60)
     lenient = regrade(Addition(rule="last_digit"), asked.traces)
@@ -102,7 +165,7 @@ def test_traces_are_json_and_readable(adder, tmp_path):
     path = tmp_path / "t.jsonl"
     evaluate(TASK, Ask(TASK), adder, 3, split="train", trace_path=path)
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert set(header) == {"model", "tokenizer", "task", "strategy", "split"}
+    assert set(header) == {"model", "tokenizer", "task", "strategy", "split", "code"}
     assert len(lines) == 3
     assert trace_text(lines[0]).splitlines()[-1].endswith("right (equal as numbers)")
 

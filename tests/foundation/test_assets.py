@@ -88,6 +88,17 @@ def test_a_damaged_copy_is_fetched_again(place, damage):
     assert assets.asset("text").read_bytes() == TEXT
 
 
+def test_a_desktops_dot_files_do_not_matter(place):
+    mirror, entries = place
+    name, digest = make_archive(mirror, "wheel")
+    members = {"box/plays/a.md": TEXT, "box/plays/b.md": TEXT[::-1]}
+    entries["plays"] = assets.Asset(
+        "plays", "two", "-", assets._members_hash(members), archive=name, archive_sha256=digest, members="box/plays/*"
+    )
+    (assets.asset("plays") / ".DS_Store").write_text("x")
+    assert assets.is_cached("plays")
+
+
 def test_a_wrong_source_is_passed_over_for_the_next(place):
     mirror, entries = place
     (mirror / "original.md").write_bytes(b"another edition")

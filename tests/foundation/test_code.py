@@ -10,6 +10,12 @@ def test_closure_follows_imports():
     assert not any("diagnostics" in name or name == "common.cli" for name in hashes), "what a run does not use"
 
 
+def test_imports_inside_functions_and_packages_count(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("def f():\n    from common.training.loss import bits\n    return bits\n")
+    assert {"common.training.loss", "common.training", "common"} <= set(code_hashes(path))
+
+
 def parsed(tmp_path, text):
     path = tmp_path / f"{abs(hash(text))}.py"
     path.write_text(text)

@@ -21,6 +21,13 @@ def test_touching_intervals_fail_either_way(better):
         claim("better", mean_ci([1.0, 0.0] * 20), mean_ci([1.0, 0.0, 0.0] * 14), better=better)
 
 
+def test_equal_is_not_better():
+    with pytest.raises(ClaimFailed):
+        claim("more", 3.0, 3.0)
+    with pytest.raises(ClaimFailed):
+        claim("less", 3.0, 3.0, better="lower")
+
+
 def test_direction_matters():
     low, high = mean_ci([0.1, 0.2] * 9), mean_ci([0.8, 0.9] * 9)
     claim("lower", low, high, better="lower")

@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import time
+import types
 
 import pytest
 
-from common.foundation.files import read_json, write_json
-from common.foundation.run import Run, latest, needed, result, set_aside, status
+from common.foundation.files import read_json, set_aside, write_json
+from common.foundation.run import Run, ensure, latest, needed, result, status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def test_a_damaged_artifact_is_noticed(name, damage):
 def test_latest_is_the_newest_finished_one():
     assert latest("01_spine", "tiny") is None
     with pytest.raises(FileNotFoundError, match="python -m common month 1 --size tiny"):
-        needed("01_spine", "tiny")
+        needed("01_spine", "tiny")  # of the month's own config, which nobody ran
     finished(Config(width=1))
     second = finished(Config(width=2))
     with pytest.raises(RuntimeError), Run("01_spine", Config(width=3)):
@@ -159,6 +160,75 @@ def test_a_killed_run_reads_as_interrupted(scratch):
     with Run("01_spine", Config()) as again:
         assert again.resumed
         again.finish({})
+
+
+def test_cost_is_measured_and_a_crashed_attempt_counts():
+    with pytest.raises(RuntimeError), Run("01_spine", Config()) as run:
+        time.sleep(0.2)
+        raise RuntimeError
+    with Run("01_spine", Config()) as again:
+        time.sleep(0.1)
+        again.finish({})
+    assert 0.3 <= read_json(run.directory / "manifest.json")["wall_seconds"] < 5
+
+
+def test_a_damaged_manifest_is_damaged_and_hides_no_other_run():
+    good, bad = finished(Config(width=1)), finished(Config(width=2))
+    (bad / "manifest.json").write_text("{")
+    assert status(bad) == "damaged"
+    assert latest("01_spine", "tiny") == good
+
+
+def test_another_process_with_the_same_number_is_not_the_writer():
+    with pytest.raises(RuntimeError), Run("01_spine", Config()) as run:
+        raise RuntimeError
+    manifest = read_json(run.directory / "manifest.json")
+    process = {**manifest["process"], "started": 1.0}
+    write_json(run.directory / "manifest.json", {**manifest, "status": "running", "process": process})
+    assert status(run.directory) == "interrupted"
+
+
+@pytest.fixture
+def toy_month(monkeypatch):
+    """A month whose run takes no time, in the place of January's."""
+    module = types.SimpleNamespace(Config=Config, SIZES={"tiny": {}}, INPUTS=("text",), runs=0, text="v1")
+
+    def main(config):
+        with Run("01_spine", config, inputs=module.INPUTS) as run:
+            module.runs += 1
+            run.finish({"width": config.width})
+
+    module.main = main
+    monkeypatch.setattr("common.foundation.run.load", lambda folder, file: module)
+    monkeypatch.setattr("common.foundation.assets.pinned_hash", lambda name: module.text)
+    return module
+
+
+def test_ensure_runs_again_only_if_something_changed(toy_month, monkeypatch):
+    first = ensure("01_spine", "tiny")
+    assert (ensure("01_spine", "tiny"), toy_month.runs) == (first, 1)
+    toy_month.text = "v2"
+    ensure("01_spine", "tiny")
+    assert toy_month.runs == 2, "an input changed"
+    monkeypatch.setattr("common.foundation.run.code_hashes", lambda path: {"run.py": "other"})
+    ensure("01_spine", "tiny")
+    assert toy_month.runs == 3, "the code changed"
+    ensure("01_spine", "tiny", force=True)
+    assert toy_month.runs == 4
+    assert ensure("01_spine", "tiny", width=9) != first
+    assert needed("01_spine", "tiny") == first, "an override is not the official run"
+    assert (
+        len([path for path in first.parent.iterdir() if path.name.startswith(first.name + ".")]) == 4
+    )  # 3 old, 1 lock
+
+
+def test_force_does_not_take_the_folder_from_a_running_run(toy_month):
+    with Run("01_spine", Config()) as run:
+        run.path("work").write_text("in progress")
+        with pytest.raises(RuntimeError, match="being written"):
+            ensure("01_spine", "tiny", force=True)
+        assert run.path("work").exists()
+        run.finish({})
 
 
 def test_set_aside_runs_are_not_latest():

@@ -114,6 +114,23 @@ def test_bad_values_are_named():
         mean_ci([1.0, 0.5], weights=[1.0])
 
 
+@pytest.mark.parametrize("weights", [[1.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0]])
+def test_impossible_weights_are_refused_in_both(weights):
+    with pytest.raises(ValueError, match="weights"):
+        mean_ci([1.0, 2.0, 3.0], weights=weights)
+    with pytest.raises(ValueError, match="weights"):
+        paired_difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], weights=weights)
+
+
+def test_weights_matter_in_a_paired_difference():
+    assert paired_difference([1.0, 0.0], [0.0, 0.5], weights=[3.0, 1.0]).difference == pytest.approx(2.5 / 4)
+
+
+def test_one_value_has_no_interval():
+    with pytest.raises(ValueError, match="at least two"):
+        mean_ci([2.26])
+
+
 def test_same_seed_same_interval():
     values = np.random.default_rng(0).random(30)
     assert mean_ci(values) == mean_ci(values)

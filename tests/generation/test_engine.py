@@ -113,6 +113,11 @@ def test_no_prompts_no_completions(adder):
     assert adder.score([], []) == []
 
 
-def test_other_specials_still_end(adder):
-    tokenizer = ByteTokenizer()
-    assert adder.end == tokenizer.specials["<|endoftext|>"]
+def test_the_earliest_stop_text_wins_whatever_their_order(tokenizer):
+    class TwoBytes(ByteTokenizer):
+        def token_bytes(self, token_id):
+            return b"ab cd"
+
+    for stops in (("d", "b"), ("b", "d")):
+        ((done,),) = Engine(Chant("x"), TwoBytes()).generate([[256]], SamplingParams(temperature=0, stop=stops))
+        assert done.text == "a"

@@ -31,10 +31,9 @@ def model():
 
 
 def test_worked_example():
-    """count(a) = 3, types(a) = 2: P(b | a) = (2 + 2 P(b)) / 5 and P(b) = (2 + 3 / 4) / 8."""
-    a, b, c, d = range(4)
+    """In d a b a b a: count(a) = 2, types(a) = 1, so P(b | a) = (2 + P(b)) / 3, and P(b) = (2 + 2 / 4) / 7."""
+    a, b, d = 0, 1, 3
     model = NGram.fit([torch.tensor([d, a, b, a, b, a])], 2, 4)
-    del c
     p_b = (2 + 2 / 4) / (5 + 2)  # followers of anything: a b a b a, two types
     assert model(torch.tensor([[a]])).logits.exp()[0, 0, b].item() == pytest.approx((2 + 1 * p_b) / (2 + 1), abs=1e-6)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from common.evaluation.runner import read_traces
 from common.foundation.compare import compare
-from common.foundation.files import read_json
+from common.foundation.files import read_json, write_json
 from common.foundation.months import ROOT, load
 from common.foundation.readme import marked_readmes, rendered
 from common.foundation.reproduce import reproduce
@@ -113,6 +114,16 @@ def test_reproduce_agrees_to_the_last_digit(tiny, tmp_path):
     assert found.changed_code == []
 
 
+def test_reproduce_says_which_code_has_changed(tiny, tmp_path):
+    _, outcome = tiny
+    copy = tmp_path / "copy"
+    shutil.copytree(outcome["months"]["01_spine"]["run"], copy)
+    manifest = read_json(copy / "manifest.json")
+    manifest["code"]["common.model.ngram"] = "older"
+    write_json(copy / "manifest.json", manifest)
+    assert reproduce(copy, tmp_path / "scratch").changed_code == ["common.model.ngram"]
+
+
 def test_reproduce_refuses_what_is_not_finished(tmp_path):
     with pytest.raises(ValueError, match="is absent, not finished"):
         reproduce(tmp_path, tmp_path)
@@ -125,6 +136,7 @@ def test_the_record_tells_a_better_model_from_a_better_measurement(tiny, monkeyp
     expected = {"measurement": {"rule": "last_digit"}, "model": {"order": 3}, "both": {"order": 3, "unit": "nats"}}
     for verdict, fields in expected.items():
         assert compare(base, ensure("01_spine", "tiny", **fields)).verdict == verdict
+    assert compare(base, ensure("01_spine", "tiny", strategy="ask")).model
     changed = spine("month", "1", "--size", "tiny", "--set", "unit=nats", runs=runs)
     other = json.loads(changed.stdout.splitlines()[-1])["run"]
     said = spine("compare", base, other, "--json", runs=runs).stdout.splitlines()

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from common.foundation.files import read_json, write_json
+from common.model.ngram import NGram
 from common.tokenization.byte import ByteTokenizer
 from common.training.checkpoint import load_checkpoint, model_fingerprint, save_checkpoint
 
@@ -25,6 +26,18 @@ def test_fingerprint_sees_one_count(adder):
     changed = model_fingerprint(adder.model)
     counts[0] -= 1
     assert before == model_fingerprint(adder.model) != changed
+
+
+def test_fingerprint_sees_class_and_vocabulary(adder):
+    class Other(NGram):
+        pass
+
+    levels = [NGram.fit([torch.tensor([0, 1, 1])], 1, 2).levels()[0]]
+    prints = {model_fingerprint(kind(size, levels)) for kind in (NGram, Other) for size in (2, 3)}
+    assert len(prints) == 4
+    half = torch.nn.Linear(2, 2).bfloat16()
+    half.vocab_size = 2
+    assert model_fingerprint(half)
 
 
 def test_another_tokenizer_is_refused_and_both_sides_named(folder, tokenizer):

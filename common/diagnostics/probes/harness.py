@@ -19,7 +19,7 @@ def answer_attacks(accuracy: Callable, solver: Callable) -> Reading:
         "question": lambda question: question,
         "digits": lambda question: "0123456789",
         "prefixed": lambda question: "9" + solver(question),
-        "appended": lambda question: solver(question) + "0",
+        "appended": lambda question: solver(question) + "1",
     }
     scores = {name: accuracy(attack) for name, attack in attacks.items()}
     worst = max(scores, key=scores.get)

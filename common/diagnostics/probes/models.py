@@ -16,12 +16,23 @@ def _logits(model: Callable[[Tensor], object], ids: Tensor) -> Tensor:
 
 
 def _inputs(ids: Tensor | None, vocab_size: int, rows: int = 4, length: int = 16) -> tuple[Tensor, Tensor]:
-    """Two different batches of the same shape: the given ids and the same read backwards, or random ones."""
-    if ids is not None:
-        return ids[:rows, :length], ids[:rows, :length].flip(1)
-    generator = torch.Generator().manual_seed(0)
-    both = torch.randint(vocab_size, (2, rows, length), generator=generator)
-    return both[0], both[1]
+    """Two different batches of the same shape: the given ids and the same read backwards, or random ones.
+
+    Raises ValueError where nothing could be seen: a single row or column, or rows that read the same backwards.
+    """
+    if ids is None:
+        generator = torch.Generator().manual_seed(0)
+        batch, other = torch.randint(vocab_size, (2, rows, length), generator=generator)
+    else:
+        batch, other = ids[:rows, :length], ids[:rows, :length].flip(1)
+    if batch.ndim != 2 or min(batch.shape) < 2 or not (batch != other).any(dim=1).all():
+        raise ValueError("ids must have at least two rows and two columns, and no row may read the same backwards")
+    return batch, other
+
+
+def _change(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|, zero where both are the same infinity, and NaN wherever NaN is involved."""
+    return torch.where(a == b, 0.0, (a - b).abs())
 
 
 @probe("repeatable", "does the same input give the same logits twice?")
@@ -29,7 +40,7 @@ def repeatable(model: Callable, vocab_size: int, ids: Tensor | None = None, *, t
     """Largest difference between two passes on the same ids. Dropout left on shows here."""
     batch, _ = _inputs(ids, vocab_size)
     first, second = _logits(model, batch), _logits(model, batch)
-    return Reading(float((first - second).abs().max()), tolerance, "largest change of a logit")
+    return Reading(float(_change(first, second).max()), tolerance, "largest change of a logit")
 
 
 @probe("future-perturbation", "does a position see what comes after it?")
@@ -39,11 +50,13 @@ def future_perturbation(
     """Change every token after position t, for each t: no logit up to t may move."""
     batch, other = _inputs(ids, vocab_size)
     before = _logits(model, batch)
-    worst = 0.0
+    moved = []
     for t in range(batch.shape[1] - 1):
         changed = torch.cat([batch[:, : t + 1], other[:, t + 1 :]], dim=1)
-        worst = max(worst, float((_logits(model, changed)[:, : t + 1] - before[:, : t + 1]).abs().max()))
-    return Reading(worst, tolerance, "largest change of a logit at or before the changed place")
+        moved.append(_change(_logits(model, changed)[:, : t + 1], before[:, : t + 1]).max())
+    return Reading(
+        float(torch.stack(moved).max()), tolerance, "largest change of a logit at or before the changed place"
+    )
 
 
 @probe("cross-row", "does a row see another row of its batch?")
@@ -51,11 +64,10 @@ def cross_row(model: Callable, vocab_size: int, ids: Tensor | None = None, *, to
     """Change one row at a time: the logits of the others must stay."""
     batch, other = _inputs(ids, vocab_size)
     before = _logits(model, batch)
-    worst = 0.0
+    moved = []
     for row in range(len(batch)):
         changed = batch.clone()
         changed[row] = other[row]
-        moved = (_logits(model, changed) - before).abs().amax(dim=(1, 2))
-        moved[row] = 0
-        worst = max(worst, float(moved.max()))
-    return Reading(worst, tolerance, "largest change of a logit in an unchanged row")
+        others = torch.arange(len(batch)) != row
+        moved.append(_change(_logits(model, changed), before)[others].max())
+    return Reading(float(torch.stack(moved).max()), tolerance, "largest change of a logit in an unchanged row")
