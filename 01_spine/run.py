@@ -12,7 +12,7 @@ from common.evaluation.text import score_documents, shuffle_characters
 from common.foundation.evidence import claim, number
 from common.foundation.files import sha256_json
 from common.foundation.plots import bars, curves, save
-from common.foundation.run import Run, announce, script
+from common.foundation.run import Run, script
 from common.foundation.statistics import paired_difference
 from common.generation.engine import Engine
 from common.generation.sampling import SamplingParams
@@ -49,7 +49,6 @@ SIZES = {
 
 def main(config: Config) -> None:
     with Run("01_spine", config, inputs=INPUTS) as run:
-        announce(f"January, size {config.size}: under a minute on two cores -> {run.directory}")
         text, sums = text_half(run, config), sums_half(run, config)
         run.identify(
             tokenizer=TOKENIZER.fingerprint,
@@ -66,13 +65,13 @@ def text_half(run: Run, config: Config) -> dict:
     train = [scene for scene in parts["train"] if scene.group in plays]
     longest = NGram.fit_documents(train, TOKENIZER, config.order + 2)
     noise = NGram.fit_documents(shuffle_characters(train), TOKENIZER, config.order)
-    model = longest.truncated(config.order)
+    by_order = [longest.truncated(n) for n in range(1, config.order + 3)]
+    validation = [score_documents(m, TOKENIZER, parts["validation"]) for m in by_order]
+    curve = {n: score.bits_per_byte() for n, score in enumerate(validation, start=1)}
+    model = by_order[config.order - 1]
     save_checkpoint(run.path("text"), model, TOKENIZER)
-    orders = range(1, config.order + 3)
-    validation = [score_documents(longest.truncated(n), TOKENIZER, parts["validation"]) for n in orders]
-    curve = {n: score.bits_per_byte() for n, score in zip(orders, validation, strict=True)}
     run.log(validation_bits_per_byte={n: interval.mean for n, interval in curve.items()})
-    scores = [score_documents(m, TOKENIZER, parts["test"]) for m in (model, longest.truncated(1))]
+    scores = [score_documents(m, TOKENIZER, parts["test"]) for m in (model, by_order[0])]
     scores.append(score_documents(noise, TOKENIZER, shuffle_characters(parts["test"], seed=1)))
     value, floor, control = (getattr(score, f"{config.unit}_per_byte")() for score in scores)
     gain = paired_difference(scores[0].per_document(), scores[1].per_document(), weights=scores[0].bytes)
@@ -82,7 +81,7 @@ def text_half(run: Run, config: Config) -> dict:
     run.spend(trained=2 * trained, scored=scored, generated=len(sample.ids), flops=scored * model.flops_per_token())
     unit, name = f"{config.unit} per byte", f"{config.order}-gram"
     axes = {"title": "Longer contexts help, until they are too rare", "xlabel": "order", "ylabel": "bits per byte"}
-    figure = curves(orders, {"validation plays": list(curve.values())}, **axes)
+    figure = curves(list(curve), {"validation plays": list(curve.values())}, **axes)
     text, cost = f"A {name} of bytes codes unseen plays below the unigram", {"bytes counted": trained}
     return {
         "claims": [claim(text, value, floor, better="lower", unit=unit, cost=cost)],
@@ -104,8 +103,8 @@ def sums_half(run: Run, config: Config) -> dict:
     task = Addition(rule=config.rule, normalise=config.normalise)
     facts = partial(solved_documents, column_facts(), reverse_answer=True)
     solved = solved_documents(addition_problems(2, "train"))
-    learned = {"ask": solved, "columns": facts(), "none": facts(shuffle_answers=0)}
-    models = {name: NGram.fit_documents(documents, TOKENIZER, SUM_ORDER) for name, documents in learned.items()}
+    texts = {"ask": solved, "columns": facts(), "none": facts(shuffle_answers=0)}
+    models = {name: NGram.fit_documents(documents, TOKENIZER, SUM_ORDER) for name, documents in texts.items()}
     for name, model in models.items():
         save_checkpoint(run.path(name), model, TOKENIZER)
 

@@ -162,19 +162,20 @@ class MinHash:
         permutations: places in a signature; the standard error of the estimate is at most 1 / (2 sqrt(permutations)).
     """
 
-    _PRIME = (1 << 61) - 1
-
     def __init__(self, permutations: int = 128, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        # Python integers: (a * x + b) mod p needs more than 64 bits. 32-bit hashes and a < 2**29 keep it within.
-        self.a = rng.integers(1, 1 << 29, size=permutations, dtype=np.uint64)
-        self.b = rng.integers(0, 1 << 61, size=permutations, dtype=np.uint64)
+        self.a, self.b = rng.integers(0, 1 << 64, size=(2, permutations), dtype=np.uint64)
+        self.a |= np.uint64(1)  # odd, so that multiplying is a permutation of the 64-bit numbers
 
     def signature(self, items: Iterable[tuple[str, ...]]) -> np.ndarray:
-        """The smallest hash of the set under each permutation."""
-        digests = [hashlib.sha256("\0".join(item).encode("utf-8")).digest()[:4] for item in items]
+        """The smallest hash of the set under each permutation: multiply-shift (Dietzfelbinger et al. 1997).
+
+        The products must wrap around: without that, the order of the hashes stays and every "permutation" has the same
+        smallest item.
+        """
+        digests = [hashlib.sha256("\0".join(item).encode("utf-8")).digest()[:8] for item in items]
         hashes = np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64)
-        return ((hashes[:, None] * self.a + self.b) % np.uint64(self._PRIME)).min(axis=0)
+        return ((hashes[:, None] * self.a + self.b) >> np.uint64(32)).min(axis=0)
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:

@@ -258,6 +258,7 @@ class Run:
             "flops": 0,
         }
         self._write()
+        announce(f"{self.folder}, size {self.config.size} -> {self.directory}{' (resumed)' if self.resumed else ''}")
 
     def _write(self) -> None:
         write_json(self.directory / "manifest.json", self.manifest)

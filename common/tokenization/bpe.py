@@ -40,14 +40,14 @@ class BPETokenizer:
     def __init__(
         self, tokens: Mapping[int, bytes], merges: Sequence[Pair], pattern: str, specials: Mapping[str, int]
     ) -> None:
-        self.tokens, self.merges, self.pattern = dict(tokens), [tuple(pair) for pair in merges], pattern
+        self.tokens, self.merges, self.pattern = dict(tokens), [(a, b) for a, b in merges], pattern
         self.specials = dict(specials)
         self.vocab_size = 1 + max(itertools.chain(self.tokens, self.specials.values()))
         id_of = {raw: token for token, raw in self.tokens.items()}
         self._check(id_of)
         self._byte_ids = [id_of[bytes([byte])] for byte in range(256)]
         self._rank = {
-            pair: (rank, id_of[self.tokens[pair[0]] + self.tokens[pair[1]]]) for rank, pair in enumerate(merges)
+            pair: (rank, id_of[self.tokens[pair[0]] + self.tokens[pair[1]]]) for rank, pair in enumerate(self.merges)
         }
         self._find = regex.compile(pattern).findall
         self._cache: dict[str, list[int]] = {}
