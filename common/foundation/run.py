@@ -161,6 +161,7 @@ def ensure(folder: str, size: str = "small", *, force: bool = False, **overrides
         if force and directory.exists():
             with _locked(directory):
                 set_aside(directory)
+        announce(f"{month(folder).folder}, size {size} -> {directory}")
         module.main(config)
     return directory
 
@@ -258,7 +259,6 @@ class Run:
             "flops": 0,
         }
         self._write()
-        announce(f"{self.folder}, size {self.config.size} -> {self.directory}{' (resumed)' if self.resumed else ''}")
 
     def _write(self) -> None:
         write_json(self.directory / "manifest.json", self.manifest)

@@ -1,7 +1,7 @@
-"""Every probe, in the order of the kill matrix: first what everybody looks at, then what finds the bug."""
+"""Every probe, in the order of the kill matrix: for each month first what everybody looks at, then what finds the bug."""
 
 from common.diagnostics.core import Probe
-from common.diagnostics.probes import harness, models, records, samplers, texts
+from common.diagnostics.probes import harness, models, records, samplers, texts, tokens
 
 ALL: tuple[Probe, ...] = (
     texts.beats_unigram,
@@ -22,6 +22,22 @@ ALL: tuple[Probe, ...] = (
     records.truncation,
     records.resume_equals_fresh,
     records.crash_status,
+    tokens.loss_falls,
+    tokens.round_trip,
+    tokens.reference_ids,
+    tokens.reload,
+    tokens.injection,
+    tokens.byte_lengths,
+    tokens.one_opening,
+    tokens.stored_ids,
+    tokens.pair_coverage,
+    tokens.ranks_partition,
+    tokens.epochs_differ,
+    tokens.exact_resume,
+    tokens.document_isolation,
+    tokens.token_ledger,
+    tokens.item_identity,
+    tokens.labels_stay,
 )
 
 
