@@ -17,7 +17,6 @@ from common.data.stream import BatchStream, attention_mask, pack, positions_with
 from common.diagnostics.core import Failure, Specimen
 from common.diagnostics.probes.tokens import STRANGE
 from common.tokenization.bpe import BPETokenizer
-from common.tokenization.interop import to_tiktoken
 from common.tokenization.protocol import END_OF_TEXT
 
 MONTH = "02_tokenization"
@@ -101,7 +100,7 @@ def healthy() -> Specimen:
     return {
         "encode": BPE.encode,
         "decode": BPE.decode,
-        "reference": to_tiktoken(BPE).encode_ordinary,
+        "reference": BPE.to_tiktoken().encode_ordinary,
         "reloaded": reloaded,
         "special_ids": BPE.specials,
         "opening": END_OF_TEXT,
@@ -174,7 +173,7 @@ def pattern_lost_on_load() -> Specimen:
         **healthy(),
         "encode": lines.encode,
         "decode": lines.decode,
-        "reference": to_tiktoken(lines).encode_ordinary,
+        "reference": lines.to_tiktoken().encode_ordinary,
         "reloaded": lambda: default.encode,
         "token_length": lambda token: len(lines.token_bytes(token)),
     }
@@ -299,7 +298,7 @@ def trained_on_the_test_text() -> Specimen:
         **healthy(),
         "encode": encode,
         "decode": seen.decode,
-        "reference": to_tiktoken(seen).encode_ordinary,
+        "reference": seen.to_tiktoken().encode_ordinary,
         "reloaded": lambda: encode,
         "special_ids": seen.specials,
         "token_length": lambda token: len(seen.token_bytes(token)),

@@ -21,7 +21,6 @@ from common.data.corpora import tiny_shakespeare
 from common.data.documents import Document
 from common.data.shards import write_shards
 from common.tokenization.bpe import BPETokenizer
-from common.tokenization.interop import to_tiktoken
 from common.tokenization.patterns import GPT4_PATTERN
 from common.tokenization.train import best_pair, count_words, fast_merges_of_words, merge
 
@@ -75,7 +74,7 @@ def main():
     theirs, _ = cpu(lambda: train_reference(text))
     tokenizer = BPETokenizer.train([text], 4096)
     encoded, ids = cpu(lambda: BPETokenizer(tokenizer.tokens, tokenizer.merges, GPT4_PATTERN, {}).encode(text))
-    tik = to_tiktoken(tokenizer)
+    tik = tokenizer.to_tiktoken()
     tik_seconds, tik_ids = cpu(lambda: tik.encode_ordinary(text))
     assert ids == tik_ids
     size = len(text.encode()) / 1e6

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from common.data.documents import Document
 from common.foundation.files import atomic_path, read_json, sha256_file, sha256_json, write_json
 from common.tokenization.bpe import BPETokenizer
-from common.tokenization.interop import to_tiktoken
 from common.tokenization.protocol import END_OF_TEXT, Tokenizer
 
 
@@ -41,7 +40,7 @@ def checked(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 def bulk_encoder(tokenizer: Tokenizer) -> Callable[[Sequence[str]], list[list[int]]]:
     """A function from texts to ids, at tiktoken's speed where the tokenizer is ours."""
     if isinstance(tokenizer, BPETokenizer):
-        return to_tiktoken(tokenizer).encode_ordinary_batch
+        return tokenizer.to_tiktoken().encode_ordinary_batch
     return tokenizer.encode_batch
 
 

@@ -16,8 +16,6 @@ from common.tokenization.interop import (
     from_tiktoken,
     merges_of_ranks,
     to_characters,
-    to_hf_json,
-    to_tiktoken,
 )
 from common.tokenization.known import KNOWN, known, known_encoding
 from common.tokenization.patterns import (
@@ -52,12 +50,12 @@ def test_round_trip_of_any_bytes(bpe, raw):
 
 
 def test_equal_to_tiktoken(bpe):
-    assert differing(bpe.encode, to_tiktoken(bpe).encode_ordinary) == []
+    assert differing(bpe.encode, bpe.to_tiktoken().encode_ordinary) == []
 
 
 def test_equal_to_tokenizers_out_and_in(bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
-    path.write_text(to_hf_json(bpe), encoding="utf-8")
+    path.write_text(bpe.to_hf_json(), encoding="utf-8")
     theirs = tokenizers.Tokenizer.from_file(str(path))
     plain = [text for text in TEXTS if not any(name in text for name in SPECIALS)]
     assert differing(bpe.encode, lambda text: theirs.encode(text).ids, plain) == []
@@ -72,12 +70,12 @@ def test_known_tokenizers_have_tiktokens_ids(name):
 
 
 def test_tiktoken_round_trip(bpe):
-    assert from_tiktoken(to_tiktoken(bpe)).fingerprint == bpe.fingerprint
+    assert from_tiktoken(bpe.to_tiktoken()).fingerprint == bpe.fingerprint
 
 
 def test_smollm_pattern_is_digits_first_then_gpt2(bpe, tmp_path):
     """The one pattern that stands for two steps, against the two steps in tokenizers."""
-    found = json.loads(to_hf_json(bpe))
+    found = json.loads(bpe.to_hf_json())
     found["added_tokens"] = []
     found["pre_tokenizer"] = {
         "type": "Sequence",
@@ -240,6 +238,6 @@ def test_ranks_that_cannot_be_merges_are_refused():
 )
 def test_other_kinds_of_tokenizer_are_refused(bpe, tmp_path, change, message):
     path = tmp_path / "other.json"
-    path.write_text(json.dumps({**json.loads(to_hf_json(bpe)), **change}), encoding="utf-8")
+    path.write_text(json.dumps({**json.loads(bpe.to_hf_json()), **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         from_hf_json(path)
