@@ -81,7 +81,7 @@ def main(config: Config) -> None:
             passes = f"wanted {share['wanted']:.2f}; read {share['passes']:.2f} times"
             numbers.append(number(f"mixture, {name}", share["share"], "share of bytes", passes))
         cost = {"bytes learned from": learned}
-        whole, text = float(counted == pairs), "An epoch of the loader counts every pair of the stream exactly once"
+        whole, text = float(counted == pairs), "An epoch of the loader counts as many pairs as the stream has"
         run.finish(
             {
                 "title": "Tokenization and data that don't lie",

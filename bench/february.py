@@ -16,6 +16,7 @@ from pathlib import Path
 
 import regex
 import rustbpe
+from timing import cpu
 
 from common.data.corpora import tiny_shakespeare
 from common.data.documents import Document
@@ -23,16 +24,6 @@ from common.data.shards import write_shards
 from common.tokenization.bpe import BPETokenizer
 from common.tokenization.patterns import GPT4_PATTERN
 from common.tokenization.train import best_pair, count_words, fast_merges_of_words, merge
-
-
-def cpu(work, repeat=3):
-    """(best CPU seconds, result)"""
-    best = float("inf")
-    for _ in range(repeat):
-        start = time.process_time()
-        result = work()
-        best = min(best, time.process_time() - start)
-    return best, result
 
 
 def whole_text_merges(text, count):

@@ -6,9 +6,9 @@ Not a test: nothing here fails. Numbers that prose quotes come from this script.
 """
 
 import json
-import time
 
 import torch
+from timing import cpu
 
 from common.data.corpora import shakespeare_scenes, split_by_play
 from common.data.documents import tokenize_documents
@@ -19,16 +19,6 @@ from common.model.ngram import NaiveNGram, NGram
 from common.tokenization.byte import ByteTokenizer
 
 
-def seconds(work, repeat=3):
-    """(best CPU seconds of `repeat` calls, the last result)."""
-    best = float("inf")
-    for _ in range(repeat):
-        start = time.process_time()
-        result = work()
-        best = min(best, time.process_time() - start)
-    return best, result
-
-
 def main():
     torch.set_num_threads(1)
     tokenizer = ByteTokenizer()
@@ -37,17 +27,17 @@ def main():
     lists = [ids.tolist() for ids in sequences]
     tokens = sum(len(ids) - 1 for ids in lists)
 
-    slow_fit, naive = seconds(lambda: NaiveNGram(lists, 5, 257), repeat=1)
-    fast_fit, fast = seconds(lambda: NGram.fit(sequences, 5, 257))
+    slow_fit, naive = cpu(lambda: NaiveNGram(lists, 5, 257), repeat=1)
+    fast_fit, fast = cpu(lambda: NGram.fit(sequences, 5, 257))
     few = lists[0][:400]
-    slow_read, _ = seconds(lambda: [naive.probability(few[:t], w) for t in range(1, 400, 10) for w in range(257)], 1)
-    fast_score, score = seconds(lambda: score_documents(fast, tokenizer, scenes[:40]))
+    slow_read, _ = cpu(lambda: [naive.probability(few[:t], w) for t in range(1, 400, 10) for w in range(257)], 1)
+    fast_score, score = cpu(lambda: score_documents(fast, tokenizer, scenes[:40]))
 
     engine = Engine(fast, tokenizer)
     one = SamplingParams(max_tokens=100)
     many = SamplingParams(max_tokens=100, n=64)
-    alone, _ = seconds(lambda: [engine.generate([engine.encode("ROMEO:\n")], one) for _ in range(8)], 1)
-    together, _ = seconds(lambda: engine.generate([engine.encode("ROMEO:\n")], many))
+    alone, _ = cpu(lambda: [engine.generate([engine.encode("ROMEO:\n")], one) for _ in range(8)], 1)
+    together, _ = cpu(lambda: engine.generate([engine.encode("ROMEO:\n")], many))
     print(
         json.dumps(
             {

@@ -171,15 +171,18 @@ def doctor(hf: str | None = None, size: Size = "small", run: Path | None = None,
 
 
 @app.command(name="assets")
-def assets(fetch: Positional[tuple[str, ...]] = (), json: bool = False) -> None:
+def assets(fetch: Positional[tuple[str, ...]] = (), all: bool = False, json: bool = False) -> None:
     """List the real inputs, or fetch some by name.
 
     Args:
         fetch: names of assets; none lists all.
+        all: fetch everything that can be had from packages or the mirror.
     """
     from common.foundation import assets as store
 
     rows = {}
+    if all:
+        fetch = tuple(name for name, entry in store.catalogue().items() if entry.package)
     for name, entry in store.catalogue().items():
         path = store.asset(name) if name in fetch else None
         rows[name] = {"about": entry.about, "licence": entry.licence, "cached": store.is_cached(name)}

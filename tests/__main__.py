@@ -32,6 +32,7 @@ def run(what: str, *command: str) -> None:
 
 def notebooks() -> None:
     """Execute in place. Outputs are what readers see and what the tests compare."""
+    run("texts and vocabularies", "common", "assets", "--all")
     run(
         f"executing {', '.join(NOTEBOOKS)}",
         *["jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", "--log-level", "WARN"],
@@ -41,6 +42,8 @@ def notebooks() -> None:
 
 
 def everything() -> None:
+    # Fetched first, so that no test and no notebook waits for the network or prints about it.
+    run("texts and vocabularies", "common", "assets", "--all")
     run("style", "ruff", "check", ".")
     run("format", "ruff", "format", "--check", "--quiet", ".")
     # The console script of import-linter has no module form; its entry point is called directly.

@@ -240,7 +240,8 @@ def decontaminate(
             forbidden[length] |= shingles(text, length)
     kept, removed = [], []
     for document in documents:
-        found = next((run for n, runs in forbidden.items() for run in shingles(document.text, n) & runs), None)
+        # The smallest one: which member of a set comes first differs from process to process.
+        found = min((run for n, runs in forbidden.items() for run in shingles(document.text, n) & runs), default=None)
         if found is None:
             kept.append(document)
         else:

@@ -139,6 +139,9 @@ def test_decontamination_finds_long_runs_and_whole_short_texts():
     kept, report = decontaminate(documents, [test_text, "47+38"])
     assert [d.name for d in kept] == ["few", "clean"]
     assert len(report.examples) == 2
+    assert report.examples[0] == ("quote", "contains 'be or not to be that is the'"), (
+        "the smallest run, in every process"
+    )
 
 
 def test_mixture_keeps_its_shares_and_says_what_it_repeated():
