@@ -56,18 +56,19 @@ def _report(
 
 
 def normalise_text(text: str) -> str:
-    r"""One form for what looks the same: NFC, line feeds, no control characters, no white space at line ends.
+    r"""One form for what looks the same: line feeds, no control characters, NFC, no white space at line ends.
 
-    It changes bytes that carry no meaning in prose, and nothing else: case, punctuation and accents stay.
+    Case, punctuation and accents stay. Page breaks and vertical tabs become line ends, so that no words are glued.
 
     >>> normalise_text("cafe\u0301 \r\n\r\n\r\n\r\nau\x00 lait  ")
     'café\n\nau lait'
     """
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    text = regex.sub(r"\r\n|[\r\v\f\x85\u2028\u2029]", "\n", text)
     text = regex.sub(
         r"[^\P{C}\n\t\u200c\u200d]", "", text
     )  # control and unassigned; joiners carry meaning in some scripts
-    text = regex.sub(r"[^\S\n]+(?=\n|\Z)", "", text)
+    text = unicodedata.normalize("NFC", text)  # after the controls are gone: one of them may have kept an accent apart
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
     return regex.sub(r"\n{3,}", "\n\n", text).strip()
 
 
@@ -126,9 +127,9 @@ def why_not(text: str) -> str | None:
 
 def filter_documents(documents: Sequence[Document]) -> tuple[list[Document], StageReport]:
     """Keep what passes all RULES."""
-    reasons = {document.name: why_not(document.text) for document in documents}
-    kept = [document for document in documents if reasons[document.name] is None]
-    removed = [(name, reason) for name, reason in reasons.items() if reason]
+    reasons = [why_not(document.text) for document in documents]
+    kept = [document for document, reason in zip(documents, reasons, strict=True) if reason is None]
+    removed = [(document.name, reason) for document, reason in zip(documents, reasons, strict=True) if reason]
     return kept, _report("filter", documents, kept, removed)
 
 
@@ -140,7 +141,7 @@ def exact_duplicates(documents: Sequence[Document]) -> tuple[list[Document], Sta
     first: dict[bytes, str] = {}
     kept, removed = [], []
     for document in documents:
-        key = hashlib.sha256(" ".join(words_of(document.text)).encode("utf-8")).digest()
+        key = hashlib.sha256((" ".join(words_of(document.text)) or document.text).encode("utf-8")).digest()
         if key in first:
             removed.append((document.name, f"same words as {first[key]}"))
         else:
@@ -183,20 +184,27 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
     return float((a == b).mean())
 
 
-def bands_for(threshold: float, permutations: int) -> tuple[int, int]:
-    """(bands, rows) of the banding whose 50 % point (1 / bands) ** (1 / rows) is nearest below the threshold.
+def recall_of(bands: int, rows: int, similarity: float) -> float:
+    """The probability that two sets of that similarity share at least one band."""
+    return 1 - (1 - similarity**rows) ** bands
 
-    Below, because a candidate is checked afterwards, and one that is missed is not.
+
+def bands_for(threshold: float, permutations: int, recall: float = 0.95) -> tuple[int, int]:
+    """(bands, rows): the longest rows, so the fewest candidates, that still find a pair at the threshold with `recall`.
+
+    A candidate is checked afterwards, and one that is missed is not.
     """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold {threshold} must be above 0 and at most 1")
     choices = [(permutations // rows, rows) for rows in range(1, permutations + 1)]
-    below = [(bands, rows) for bands, rows in choices if (1 / bands) ** (1 / rows) <= threshold]
-    return max(below, key=lambda choice: (1 / choice[0]) ** (1 / choice[1]))
+    good = [(bands, rows) for bands, rows in choices if recall_of(bands, rows, threshold) >= recall]
+    return max(good, key=lambda choice: choice[1], default=(permutations, 1))
 
 
 def near_duplicates(
     documents: Sequence[Document], *, threshold: float = 0.7, permutations: int = 128, seed: int = 0
 ) -> tuple[list[Document], StageReport]:
-    """Keep the first of each group of documents whose word shingles overlap by more than `threshold`.
+    """Keep the first of each group of documents whose word shingles overlap by `threshold` or more.
 
     Candidates share a band of their signatures (locality-sensitive hashing); each is confirmed on the shingles
     themselves, so that an unlucky hash removes nothing.

@@ -7,7 +7,9 @@ Two bytes an id where the vocabulary allows it, four where it does not. The choi
 id is checked against it: an id that does not fit would wrap around silently (gallery: tokens/uint16-wrap).
 """
 
+import contextlib
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -40,7 +42,8 @@ def checked(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 def bulk_encoder(tokenizer: Tokenizer) -> Callable[[Sequence[str]], list[list[int]]]:
     """A function from texts to ids, at tiktoken's speed where the tokenizer is ours."""
     if isinstance(tokenizer, BPETokenizer):
-        return tokenizer.to_tiktoken().encode_ordinary_batch
+        with contextlib.suppress(ValueError):  # its merges are not what tiktoken would do: encode ourselves
+            return tokenizer.to_tiktoken().encode_ordinary_batch
     return tokenizer.encode_batch
 
 
@@ -63,6 +66,8 @@ def write_shards(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "shards.json").unlink(missing_ok=True)  # from here until the end there are no whole shards
+    for old in folder.glob("shard-*.bin"):
+        old.unlink()
     encode, end = bulk_encoder(tokenizer), tokenizer.specials[END_OF_TEXT]
     shards: list[dict] = []
     waiting = [np.array([end], dtype=dtype_for(tokenizer.vocab_size))]  # not yet in a shard
@@ -163,8 +168,12 @@ class Shards(Sequence):
         return int(self._ends[-1])
 
     def __getitem__(self, where: slice | int) -> np.ndarray:
-        if isinstance(where, int):
-            return self[where : where + 1][0]
+        if not isinstance(where, slice):
+            place = operator.index(where)
+            place += len(self) if place < 0 else 0
+            if not 0 <= place < len(self):
+                raise IndexError(f"token {where} of {len(self)}")
+            return self[place : place + 1][0]
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise ValueError("shards are read in one direction: no step")

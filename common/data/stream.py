@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from common.data.documents import Batch
-from common.foundation.files import sha256_json
+from common.foundation.files import sha256_bytes
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class BatchStream:
         self.chunks = -(-(len(tokens) - 1) // length)
         self.epoch, self.consumed = 0, 0  # consumed: chunks of this epoch that all ranks together have taken
         self._order = self._order_of(0)
+        named = getattr(tokens, "fingerprint", None)  # shards know theirs; an array is hashed once, whole
+        self._content = named or sha256_bytes(np.ascontiguousarray(tokens, dtype=np.int64).tobytes())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -137,10 +139,9 @@ class BatchStream:
         self._order = self._order_of(self.epoch)
 
     def _identity(self) -> dict[str, Any]:
-        named = getattr(self.tokens, "fingerprint", None) or sha256_json(np.asarray(self.tokens[:1024]).tolist())
         return {
             "tokens": len(self.tokens),
-            "content": named,
+            "content": self._content,
             "length": self.length,
             "seed": self.seed,
             "shuffle": self.shuffle,
@@ -201,5 +202,6 @@ def pack(sequences: Sequence[Int[Tensor, "N"]], length: int) -> tuple[list[Batch
         mask = torch.arange(length) < len(inputs)
         whole = [torch.cat([part, fill + value]) for part, value in ((inputs, 0), (targets, 0), (ids, -1))]
         batches.append(Batch(whole[0][None], whole[1][None], mask[None], whole[2][None]))
-    pairs = sum(len(ids) - 1 for ids in sequences)
-    return batches, Ledger(pairs=pairs, counted=pairs, padded=len(rows) * length - pairs)
+    pairs = sum(max(0, len(ids) - 1) for ids in sequences)
+    counted = sum(int(batch.loss_mask.sum()) for batch in batches)
+    return batches, Ledger(pairs=pairs, counted=counted, padded=len(rows) * length - counted, cropped=pairs - counted)

@@ -18,7 +18,7 @@ from common.foundation.months import MONTHS, ROOT, is_built
 from common.foundation.report import show_value
 from common.foundation.run import needed, official
 
-USUAL_LOOKS = ("beats-unigram", "samples-look-right", "repeatable", "loss-falls", "round-trip")
+USUAL_LOOKS = ("beats-unigram", "samples-look-right", "repeatable", "shapes-and-ranges", "round-trip")
 
 
 def numbers_table(folder: str, size: str) -> str:

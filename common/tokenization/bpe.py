@@ -19,7 +19,7 @@ import tiktoken
 from common.foundation.files import read_json, sha256_json, write_json
 from common.tokenization.patterns import GPT4_PATTERN
 from common.tokenization.protocol import SPECIALS
-from common.tokenization.train import Pair, count_words, fast_merges_of_words
+from common.tokenization.train import Pair, count_words, fast_merges_of_words, finder
 
 CACHED_WORDS = 1 << 18  # words remembered; the cache is emptied when it is full
 LONG_WORD = 64  # bytes; longer words are merged with a heap, and not remembered
@@ -50,7 +50,7 @@ class BPETokenizer:
         self._rank = {
             pair: (rank, id_of[self.tokens[pair[0]] + self.tokens[pair[1]]]) for rank, pair in enumerate(self.merges)
         }
-        self._find = regex.compile(pattern).findall
+        self._find = finder(pattern)
         self._cache: dict[str, list[int]] = {}
         self._raw = {**self.tokens, **dict.fromkeys(self.specials.values(), b"")}
         self.fingerprint = sha256_json(
@@ -170,8 +170,10 @@ class BPETokenizer:
 
     def _encode_ordinary(self, text: str) -> list[int]:
         ids: list[int] = []
-        cache = self._cache
-        for word in self._find(text):
+        cache, words = self._cache, self._find(text)
+        if sum(map(len, words)) != len(text):
+            raise ValueError(f"the pattern does not match every character of {text[:40]!r}: encoding would lose text")
+        for word in words:
             known = cache.get(word)
             if known is None:
                 known = self._encode_word(word)

@@ -16,6 +16,7 @@ def bytes_per_token(encode: Encode, texts: Sequence[str]) -> Interval:
     >>> round(bytes_per_token(lambda text: text.split(), ["to be or", "not to be"]).mean, 3)
     2.833
     """
+    texts = [text for text in texts if text]
     tokens = [len(encode(text)) for text in texts]
     sizes = [len(text.encode("utf-8")) for text in texts]
     return mean_ci([size / count for size, count in zip(sizes, tokens, strict=True)], weights=tokens)

@@ -1,4 +1,4 @@
-"""The same tokenizer in other people's formats: tiktoken, Hugging Face's tokenizer.json, GGUF. Ids are identical both ways.
+"""The same tokenizer in other formats: tiktoken, Hugging Face's tokenizer.json, GGUF. Ids of plain text are identical.
 
 What is read is refused unless it is byte-level BPE with a pattern that we know or that is given as a regular expression.
 """
@@ -49,17 +49,29 @@ def from_characters(text: str) -> bytes:
 def to_tiktoken(tokenizer: BPETokenizer, name: str = "spine") -> tiktoken.Encoding:
     """The same ids at tiktoken's speed. Use `encode_ordinary_batch` for bulk work.
 
-    tiktoken takes the id of a token for its rank, so ids must be in the order of the merges: true for what we train.
-    Raises ValueError where it is not.
+    tiktoken takes the id of a token for its rank and merges whatever makes a token, so the merges must be those that the
+    ids imply: true for what is trained here. Raises ValueError where it is not.
     """
-    made = [tokenizer.tokens[a] + tokenizer.tokens[b] for a, b in tokenizer.merges]
     id_of = {raw: token for token, raw in tokenizer.tokens.items()}
-    order = [id_of[raw] for raw in made]
-    if order != sorted(order):
-        raise ValueError("ids are not in the order of the merges, which tiktoken takes for granted")
+    if not _ids_imply_merges(tokenizer):
+        raise ValueError("the merges are not those that the order of the ids implies, which tiktoken takes for granted")
     return tiktoken.Encoding(
         name, pat_str=tokenizer.pattern, mergeable_ranks=id_of, special_tokens=dict(tokenizer.specials)
     )
+
+
+_checked: dict[str, bool] = {}
+
+
+def _ids_imply_merges(tokenizer: BPETokenizer) -> bool:
+    """Remembered by fingerprint: it takes a second for a large vocabulary."""
+    if tokenizer.fingerprint not in _checked:
+        try:
+            implied = merges_of_ranks({raw: token for token, raw in tokenizer.tokens.items()})
+            _checked[tokenizer.fingerprint] = implied == tokenizer.merges
+        except ValueError:
+            _checked[tokenizer.fingerprint] = False
+    return _checked[tokenizer.fingerprint]
 
 
 def from_tiktoken(encoding: tiktoken.Encoding) -> BPETokenizer:
@@ -90,7 +102,11 @@ def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[Pair]:
 
 
 def to_hf_json(tokenizer: BPETokenizer) -> str:
-    """The text of a tokenizer.json that `tokenizers.Tokenizer.from_str` and transformers load."""
+    """The text of a tokenizer.json that `tokenizers.Tokenizer.from_str` and transformers load.
+
+    One difference stays, and it is theirs: that library recognises special tokens in any text. What a user wrote must be
+    encoded with `split_special_tokens=True` there, or by our own `encode`.
+    """
     ordinary = {to_characters(raw): token for token, raw in sorted(tokenizer.tokens.items())}
     names = {token: text for text, token in ordinary.items()}
     cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
@@ -130,6 +146,12 @@ def from_hf_json(source: str | Path) -> BPETokenizer:
         model = found["model"]
         if model["type"] != "BPE":
             raise ValueError(f"its model is {model['type']}, not BPE")
+        for name in ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(name):
+                raise ValueError(f"its model sets {name}, which would give other ids")
+        ordinary = [token["content"] for token in found.get("added_tokens", []) if not token.get("special", True)]
+        if ordinary:
+            raise ValueError(f"it adds tokens that are not special, such as {ordinary[0]!r}")
         if found.get("normalizer"):
             raise ValueError(f"it normalises text ({found['normalizer']['type']}), which loses something")
         pattern = _hf_pattern(found["pre_tokenizer"])
@@ -150,9 +172,12 @@ def _hf_pattern(pre: Mapping[str, Any]) -> str:
         return GPT2_PATTERN
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
         return SMOLLM_PATTERN
-    if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"] and "Regex" in steps[0]["pattern"]:
+    cuts = kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"] and "Regex" in steps[0]["pattern"]
+    if cuts and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
         return steps[0]["pattern"]["Regex"]
-    raise ValueError(f"its pre-tokenizer is {kinds}; known are ByteLevel, Digits + ByteLevel and Split + ByteLevel")
+    raise ValueError(
+        f"its pre-tokenizer is {kinds}; known are ByteLevel, Digits + ByteLevel and isolating Split + ByteLevel"
+    )
 
 
 def _from_vocabulary(

@@ -10,7 +10,7 @@ Left out on purpose: dropout, byte fallback and unigram models.
 import heapq
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import regex
 from tqdm import tqdm
@@ -56,9 +56,17 @@ def merges_of_text(text: bytes, count: int) -> list[Pair]:
     return merges
 
 
+def finder(pattern: str) -> Callable[[str], list[str]]:
+    """The function that cuts a text into words. Raises ValueError for a pattern with groups, which would cut out parts."""
+    compiled = regex.compile(pattern)
+    if compiled.groups:
+        raise ValueError(f"the pattern has {compiled.groups} capturing group(s); write (?:…) instead of (…)")
+    return compiled.findall
+
+
 def count_words(texts: Iterable[str], pattern: str) -> Counter[bytes]:
     """How often each word occurs; words are what `pattern` matches. Texts are read one at a time."""
-    find, words = regex.compile(pattern).findall, Counter()
+    find, words = finder(pattern), Counter()
     for text in texts:
         words.update(find(text))
     return Counter({word.encode("utf-8"): count for word, count in words.items()})

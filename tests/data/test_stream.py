@@ -105,7 +105,9 @@ def test_resumed_on_another_number_of_ranks_nothing_is_lost_or_repeated():
     assert seen == {(i, i + 1): 1 for i in range(499)}
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"length": 9}, {"shuffle": False}, {"tokens": np.arange(1, 201)}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"length": 9}, {"shuffle": False}, {"tokens": np.append(np.arange(199), 7)}]
+)
 def test_the_state_of_another_stream_is_refused(change):
     state = stream_of(np.arange(200)).state_dict()
     options = {"tokens": np.arange(200), **change}
@@ -166,7 +168,10 @@ def test_shards_hold_the_stream(tmp_path, documents, shard_tokens, kind):
     stream = torch.cat([*pieces, pieces[0][:1]]).numpy()
     assert np.array_equal(shards[:], stream)
     assert np.array_equal(shards[3:40], stream[3:40])
-    assert shards[5] == stream[5]
+    assert shards[5] == shards[np.int64(5)] == stream[5]
+    assert shards[-1] == stream[-1]
+    with pytest.raises(IndexError):
+        shards[len(shards)]
     assert len(shards) == len(stream)
     assert shards.about["documents"] == 50
     assert len(Shards(tmp_path, verify=True)) == len(shards)
@@ -213,6 +218,18 @@ def test_damaged_and_foreign_shards_are_refused(tmp_path, documents):
     (tmp_path / "shards.json").unlink()
     with pytest.raises(ValueError, match="not finished"):
         Shards(tmp_path)
+
+
+def test_writing_again_leaves_no_old_shards(tmp_path, documents):
+    write_shards(documents, ByteTokenizer(), tmp_path, shard_tokens=50)
+    write_shards(documents[:3], ByteTokenizer(), tmp_path, shard_tokens=50)
+    listed = {shard["file"] for shard in Shards(tmp_path).about["shards"]}
+    assert {path.name for path in tmp_path.glob("*.bin")} == listed
+
+
+def test_packing_an_empty_document_is_no_pair():
+    _, ledger = pack([torch.arange(0), torch.arange(5)], 8)
+    assert (ledger.pairs, ledger.counted, ledger.cropped) == (4, 4, 0)
 
 
 def test_a_stopped_writer_leaves_no_whole_shards(tmp_path, documents):

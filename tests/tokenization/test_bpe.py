@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.data.corpora import shakespeare_scenes
+from common.data.shards import bulk_encoder
 from common.tokenization.bpe import BPETokenizer, StreamDecoder
 from common.tokenization.interop import (
     from_gguf,
@@ -129,8 +130,33 @@ def test_long_words_merge_as_short_ones(bpe, text):
     assert bpe.merge_long(list(raw)) == bpe.merge_short(list(raw))
 
 
-def test_a_long_line_takes_no_quadratic_time(bpe):
-    assert len(bpe.encode("=" * 200_000)) > 0
+def test_a_long_line_does_not_take_the_quadratic_way(bpe, monkeypatch):
+    expected = bpe.encode("=" * 500)
+    monkeypatch.setattr(bpe, "merge_short", lambda ids: pytest.fail("a long word was merged the slow way"))
+    assert bpe.encode("=" * 500) == expected
+
+
+def test_tiktoken_is_refused_where_it_would_give_other_ids(tmp_path):
+    single = {i: bytes([i]) for i in range(256)}
+    unused = BPETokenizer({**single, 256: b"ab"}, [], GPT2_PATTERN, {END_OF_TEXT: 999})
+    crossing = {256: b"bc", 257: b"ab", 258: b"abc"}
+    crossed = BPETokenizer({**single, **crossing}, [(98, 99), (97, 98), (257, 99)], GPT2_PATTERN, {END_OF_TEXT: 999})
+    for tokenizer in (unused, crossed):
+        with pytest.raises(ValueError, match="takes for granted"):
+            tokenizer.to_tiktoken()
+        assert bulk_encoder(tokenizer)(["abc"]) == [tokenizer.encode("abc")]
+
+
+@pytest.mark.parametrize("pattern", [r"\w+", r"(\s)?\w+|\s|."])
+def test_a_pattern_that_would_lose_text_is_refused(pattern):
+    with pytest.raises(ValueError, match="lose text|capturing group"):
+        BPETokenizer({i: bytes([i]) for i in range(256)}, [], pattern, {END_OF_TEXT: 999}).encode("hello, you!")
+
+
+def test_the_one_difference_to_tokenizers_is_special_tokens_in_text(bpe, tmp_path):
+    theirs = tokenizers.Tokenizer.from_str(bpe.to_hf_json())
+    text = f"a{END_OF_TEXT}b"
+    assert theirs.encode(text).ids == bpe.encode(text, allow_special=True) != bpe.encode(text)
 
 
 def test_specials_in_a_users_text_are_text(bpe):
@@ -234,6 +260,20 @@ def test_ranks_that_cannot_be_merges_are_refused():
         ({"normalizer": {"type": "NFC"}}, "normalises text"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer is"),
         ({"model": {"type": "Unigram"}}, "not BPE"),
+        ({"model": {"type": "BPE", "ignore_merges": True}}, "ignore_merges"),
+        ({"added_tokens": [{"id": 999, "content": "x", "special": False}]}, "not special"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [
+                        {"type": "Split", "pattern": {"Regex": r"\\s+"}, "behavior": "Removed", "invert": False},
+                        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                    ],
+                }
+            },
+            "pre-tokenizer is",
+        ),
     ],
 )
 def test_other_kinds_of_tokenizer_are_refused(bpe, tmp_path, change, message):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from common.data.corpora import shakespeare_scenes
 from common.tokenization.bpe import BPETokenizer
+from common.tokenization.interop import merges_of_ranks
 from common.tokenization.patterns import GPT4_GROUPS_PATTERN, GPT4_PATTERN
 from common.tokenization.train import (
     count_words,
@@ -50,6 +51,7 @@ def test_shakespeare_merge_for_merge_as_the_reference():
     reference.train_from_iterator(iter(texts), 4096, pattern=GPT4_PATTERN)
     theirs = [bytes(raw) for raw, _ in sorted(reference.get_mergeable_ranks(), key=lambda item: item[1])]
     assert [ours.tokens[i] for i in range(4096)] == theirs
+    assert ours.merges == merges_of_ranks({raw: rank for rank, raw in enumerate(theirs)})
     sample = "".join(texts[:5])
     assert ours.encode(sample) == reference.encode(sample)
 

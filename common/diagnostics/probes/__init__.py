@@ -22,7 +22,7 @@ ALL: tuple[Probe, ...] = (
     records.truncation,
     records.resume_equals_fresh,
     records.crash_status,
-    tokens.loss_falls,
+    tokens.shapes_and_ranges,
     tokens.round_trip,
     tokens.reference_ids,
     tokens.reload,

@@ -28,8 +28,8 @@ STRANGE = [
 ]
 
 
-@probe("loss-falls", "do inputs and targets have the right shape and the ids the right range?")
-def loss_falls(batches: Callable, vocab_size: int) -> Reading:
+@probe("shapes-and-ranges", "do inputs and targets have the right shape and the ids the right range?")
+def shapes_and_ranges(batches: Callable, vocab_size: int) -> Reading:
     """What everybody looks at: shapes agree, ids are in range, there is something to learn from."""
     made = list(batches(np.arange(100) % vocab_size, 8))
     wrong = sum(i.shape != t.shape or int(i.max()) >= vocab_size or int(t.min()) < 0 for i, t, _ in made)
