@@ -137,6 +137,18 @@ def test_near_duplicates_are_found_and_others_kept():
     assert near_duplicates(documents[:3], threshold=min(1.0, shared + 0.01))[1].documents_out == 3
 
 
+def test_a_candidate_below_the_threshold_is_kept():
+    """Four hashes make nearly every pair a candidate; only the shingles themselves decide."""
+    half = document("half", prose(0, 40)[:1400] + prose(2, 40)[:700])
+    documents = [document("a", prose(0, 40)[:2100]), half]
+    shared = len(shingles(documents[0].text) & shingles(half.text)) / len(
+        shingles(documents[0].text) | shingles(half.text)
+    )
+    assert 0.4 < shared < 0.6
+    kept = [near_duplicates(documents, threshold=0.7, permutations=4, seed=seed)[1].documents_out for seed in range(6)]
+    assert kept == [2] * 6
+
+
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.9])
 def test_banding_finds_pairs_at_the_threshold(threshold):
     bands, rows = bands_for(threshold, 128)
