@@ -13,9 +13,10 @@ import torch
 
 from common.data.problems import addition_problems
 from common.data.shards import checked, dtype_for
-from common.data.stream import BatchStream, attention_mask, pack, positions_within
+from common.data.stream import BatchStream, pack
 from common.diagnostics.core import Failure, Specimen
 from common.diagnostics.probes.tokens import STRANGE
+from common.model.masks import attention_mask, positions_of
 from common.tokenization.bpe import BPETokenizer
 from common.tokenization.protocol import END_OF_TEXT
 
@@ -265,7 +266,7 @@ def positions_alone() -> Specimen:
     """Positions restart at each document, and the mask is the causal one: the document before stays in view."""
 
     def packed_mask(document_ids: torch.Tensor) -> torch.Tensor:
-        positions_within(document_ids)
+        positions_of(document_ids)
         length = document_ids.shape[1]
         return torch.ones(len(document_ids), length, length, dtype=torch.bool).tril()
 

@@ -2,7 +2,7 @@
 
 The stream is `<eot> d1 <eot> d2 … <eot>`. A chunk of T inputs begins where the last one ended, and its targets are the
 same tokens one place later, so N tokens give N - 1 pairs and none is lost or counted twice, at any length. The last chunk is
-filled up and masked. Documents are told apart by `document_ids`; who is told to keep attention within a document can.
+filled up and masked. Documents are told apart by `document_ids`, from which common/model/masks.py makes positions and masks.
 
 Order and position are a function of (seed, epoch, step): resuming needs two numbers and no replay.
 """
@@ -146,27 +146,6 @@ class BatchStream:
             "seed": self.seed,
             "shuffle": self.shuffle,
         }
-
-
-def positions_within(document_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Positions that restart at each document.
-
-    >>> positions_within(torch.tensor([[1, 1, 2, 2, 2, -1]])).tolist()
-    [[0, 1, 0, 1, 2, 0]]
-    """
-    place = torch.arange(document_ids.shape[1]).expand_as(document_ids)
-    fresh = torch.ones_like(document_ids, dtype=torch.bool)
-    fresh[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return place - torch.where(fresh, place, 0).cummax(dim=1).values
-
-
-def attention_mask(document_ids: Int[Tensor, "B T"]) -> torch.Tensor:
-    """(B, T, T): True where a query may see a key, that is, in the same document and not later.
-
-    Restarting positions alone does not stop a token from seeing the document before its own.
-    """
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same & torch.ones_like(same[0]).tril()
 
 
 def pack(sequences: Sequence[Int[Tensor, "N"]], length: int) -> tuple[list[Batch], Ledger]:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from common.data.documents import Document, tokenize_documents
 from common.data.shards import Shards, checked, dtype_for, write_shards
-from common.data.stream import BatchStream, attention_mask, pack, positions_within
+from common.data.stream import BatchStream, pack
 from common.foundation.files import read_json, write_json
+from common.model.masks import attention_mask, positions_of
 from common.tokenization.bpe import BPETokenizer
 from common.tokenization.byte import ByteTokenizer
 
@@ -126,7 +127,7 @@ def test_documents_are_told_apart_and_positions_restart():
     tokens = np.array([END, 5, 6, END, 7, END, 8, 9, 8, END])
     batch = stream_of(tokens, shuffle=False, batch_size=1, length=9).next_batch()
     assert batch.document_ids.tolist() == [[1, 1, 1, 2, 2, 3, 3, 3, 3]]
-    assert positions_within(batch.document_ids).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
+    assert positions_of(batch.document_ids).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
 
 
 def test_attention_stays_within_a_document_and_the_past():

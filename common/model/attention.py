@@ -1,0 +1,140 @@
+"""Attention: a weighted average of values, with weights from how well a query matches each key.
+
+    weights = softmax(q · k / sqrt(D)),  output = weights · v          (Vaswani et al. 2017, section 3.2.1)
+
+`attend_naive` is that line with every tensor in sight; `attend` is the fused kernel that runs. Tests hold them equal, in
+output and gradients, and both equal to torch's. One module serves multi-head, grouped-query (Ainslie et al. 2023) and
+multi-query attention (Shazeer 2019): only the number of key-value heads differs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from common.model.cache import Cache
+from common.model.config import ModelConfig
+from common.model.masks import causal_mask
+from common.model.norms import Norm
+from common.model.positions import rotate
+
+
+def attend_naive(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S E"],
+    *,
+    mask: Bool[Tensor, "B 1 T S"] | None = None,
+    bias: Float[Tensor, "B H T S"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "B H T E"], Float[Tensor, "B H T S"]]:
+    """(output, weights). Each of the G key-value heads serves H / G neighbouring query heads.
+
+    Args:
+        mask: True where a query may see a key; None is causal, with the queries as the last T of the S tokens.
+        bias: added to the scores (ALiBi).
+        scale: of the scores; 1 / sqrt(D) by default, so that their spread does not grow with D.
+
+    A query that may see nothing gets zeros, not NaN (gallery: attention/nan-row).
+    """
+    mask = causal_mask(q.shape[2], k.shape[2], device=q.device) if mask is None else mask
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, D)
+    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)  # (B, H, T, S)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1)  # over the keys
+    weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+    return weights @ v, weights
+
+
+def attend(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S E"],
+    *,
+    mask: Bool[Tensor, "B 1 T S"] | None = None,
+    bias: Float[Tensor, "B H T S"] | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B H T E"]:
+    """`attend_naive` without the weights, in one kernel that never writes the scores to memory."""
+    queries, keys = q.shape[2], k.shape[2]
+    causal = mask is None and queries == keys and queries > 1 and bias is None
+    if mask is None and not causal and queries > 1:
+        # torch's `is_causal` puts the triangle at the upper left, so it is only for T == S.
+        mask = causal_mask(queries, keys, device=q.device)  # gallery: attention/top-left-causal
+    if bias is not None:
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+@dataclass
+class Scene:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        mask: (B, 1, T, S), None for plain causal.
+        bias: (B, H, T, S) for the scores, or None.
+        rotation: (cos, sin), each broadcasting against (B, H, T, D / 2), or None.
+        cache: keys and values of earlier tokens, or None.
+        weights: a list that collects each layer's attention weights, or None.
+    """
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+    cache: Cache | None = None
+    weights: list[Tensor] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, dropout: float) -> Tensor:
+        """The fused form, or the naive one where somebody wants to see the weights."""
+        if self.weights is None:
+            return attend(q, k, v, mask=self.mask, bias=self.bias, scale=scale, dropout=dropout)
+        out, weights = attend_naive(q, k, v, mask=self.mask, bias=self.bias, scale=scale)
+        self.weights.append(weights.detach())
+        return out
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (B, T, C) to (B, T, C).
+
+    C, H·D and G·D may all differ; the matrices are named by what they make, so a transposed one cannot hide.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width, inner, shared = config.width, config.heads * config.d_head, config.groups * config.d_head
+        self.query = nn.Linear(width, inner, bias=config.attention_bias)
+        self.key = nn.Linear(width, shared, bias=config.attention_bias)
+        self.value = nn.Linear(width, shared, bias=config.attention_bias)
+        output_bias = config.attention_bias if config.output_bias is None else config.output_bias
+        self.output = nn.Linear(inner, width, bias=output_bias)
+        if config.qk_norm:
+            self.query_norm = Norm("rms", config.d_head, config.norm_epsilon)
+            self.key_norm = Norm("rms", config.d_head, config.norm_epsilon)
+
+    def forward(self, x: Float[Tensor, "B T C"], scene: Scene | None = None) -> Float[Tensor, "B T C"]:
+        config, scene = self.config, scene or Scene()
+        batch, length, _ = x.shape
+        # (B, T, H·D) -> (B, T, H, D) -> (B, H, T, D). A view straight to (B, H, T, D) has the right shape and mixes
+        # tokens with heads (gallery: attention/heads-by-view).
+        q = self.query(x).view(batch, length, config.heads, config.d_head).transpose(1, 2)
+        k = self.key(x).view(batch, length, config.groups, config.d_head).transpose(1, 2)
+        v = self.value(x).view(batch, length, config.groups, config.d_head).transpose(1, 2)
+        if config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if scene.rotation is not None:
+            q, k = (rotate(y, *scene.rotation, config.rope_layout) for y in (q, k))
+        if scene.cache is not None:
+            k, v = scene.cache.append(self.layer, k, v)  # keys are cached as they are compared: already turned
+        dropout = config.dropout if self.training else 0.0
+        mixed = scene.attend(q, k, v, scale=config.attention_scale, dropout=dropout)  # (B, H, T, D)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -1,0 +1,161 @@
+"""What a transformer remembers between calls: keys and values (or latents) of the tokens so far, in one piece.
+
+Every layer holds two tensors of shape (B, N, capacity, W): keys and values for standard attention, with N key-value heads;
+latent and rotary key for latent attention, with N = 1. The cache also keeps which places are padding and which document they
+belong to, because a later query must obey the same rules as in one pass.
+
+Contiguous and of fixed capacity: running over it is an error, not a wrong answer. Paged and recurrent forms come later.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from common.model.config import ModelConfig
+
+
+def cache_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(N, W) of the two tensors of a layer: what one token costs, in numbers."""
+    if config.attention == "latent":
+        return (1, config.latent_width), (1, config.rope_head_width)
+    return (config.groups, config.d_head), (config.groups, config.d_head)
+
+
+class Cache:
+    """Memory of one batch.
+
+    Args:
+        config: of the model.
+        batch: B.
+        capacity: places for tokens, padding included.
+    Attributes:
+        length: places in use.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"a cache needs at least one row and one place, got {batch=}, {capacity=}")
+        self.config, self.batch, self.capacity, self.length = config, batch, capacity, 0
+        self.layers = [
+            tuple(torch.zeros(batch, n, capacity, w, dtype=dtype, device=device) for n, w in cache_shapes(config))
+            for _ in range(config.layers)
+        ]
+        self.pad_mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.document_ids = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
+        self.has_pads = self.has_documents = False
+
+    def begin(self, shape: tuple[int, int], document_ids: Tensor | None, pad_mask: Tensor | None) -> None:
+        """Announce T more tokens: check that they fit, and note their documents and padding. Commits nothing."""
+        batch, count = shape
+        if batch != self.batch:
+            raise ValueError(f"the cache holds {self.batch} rows, the input has {batch}: fork it, or make another")
+        end = self.length + count
+        if end > self.capacity:  # gallery: attention/cache-overflow
+            raise ValueError(
+                f"{self.length} tokens in the cache and {count} new ones need {end} places; it has {self.capacity}. "
+                "Make it larger, or truncate it."
+            )
+        new = slice(self.length, end)
+        last = self.document_ids[:, self.length - 1 : self.length] if self.length else 0
+        self.document_ids[:, new] = last if document_ids is None else document_ids
+        self.pad_mask[:, new] = False if pad_mask is None else pad_mask
+        self.has_documents |= document_ids is not None
+        self.has_pads |= pad_mask is not None and bool(pad_mask.any())
+
+    def seen(self, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """(document ids, pad mask) of everything including the announced tokens; None where there is nothing to obey."""
+        end = self.length + count
+        return (
+            self.document_ids[:, :end] if self.has_documents else None,
+            self.pad_mask[:, :end] if self.has_pads else None,
+        )
+
+    def append(self, layer: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new entries of a layer, each (B, N, T, W), and return all entries so far. `advance` commits them."""
+        if torch.is_grad_enabled() and (first.requires_grad or second.requires_grad):
+            raise RuntimeError("a cache is for inference: call the model under torch.inference_mode() or no_grad()")
+        end = self.length + first.shape[2]
+        for store, new in zip(self.layers[layer], (first, second), strict=True):
+            store[:, :, self.length : end] = new
+        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
+
+    def advance(self, count: int) -> None:
+        """The announced tokens are in every layer: they count from now on. Called once a forward pass, not once a layer."""
+        self.length += count
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from this place on; 0 makes the cache as new."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length
+        self.has_pads = bool(self.pad_mask[:, :length].any())
+        self.has_documents = self.has_documents and length > 0
+
+    def fork(self, rows: Sequence[int] | None = None, *, capacity: int | None = None) -> Self:
+        """An independent copy of these rows (all by default; a row may be named often), perhaps with more room.
+
+        `fork([0] * 8)` turns one prefilled prompt into eight rows to sample from.
+        """
+        index = torch.arange(self.batch) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
+        if len(index) == 0 or index.min() < 0 or index.max() >= self.batch:
+            raise ValueError(f"rows must name some of 0 to {self.batch - 1}, got {index.tolist()}")
+        capacity = self.capacity if capacity is None else capacity
+        if capacity < self.length:
+            raise ValueError(f"{self.length} tokens do not fit into a capacity of {capacity}")
+        sample, index = self.layers[0][0], index.to(self.pad_mask.device)
+        copy = type(self)(self.config, len(index), capacity, dtype=sample.dtype, device=sample.device)
+        used = slice(0, self.length)
+        for mine, theirs in zip(self.layers, copy.layers, strict=True):
+            for source, target in zip(mine, theirs, strict=True):
+                target[:, :, used] = source[index, :, used]
+        copy.pad_mask[:, used], copy.document_ids[:, used] = self.pad_mask[index, used], self.document_ids[index, used]
+        copy.length, copy.has_pads, copy.has_documents = self.length, self.has_pads, self.has_documents
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for keys and values, used or not."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    def state(self) -> dict[str, Tensor]:
+        """The used part as named tensors, ready for safetensors. `Cache.from_state` takes it back."""
+        found = {
+            f"layer{i}_{name}": tensor[:, :, : self.length].clone()
+            for i, layer in enumerate(self.layers)
+            for name, tensor in zip(("first", "second"), layer, strict=True)
+        }
+        found["pad_mask"] = self.pad_mask[:, : self.length].clone()
+        found["document_ids"] = self.document_ids[:, : self.length].clone()
+        found["has_documents"] = torch.tensor(self.has_documents)
+        return found
+
+    @classmethod
+    def from_state(cls, config: ModelConfig, state: dict[str, Any], capacity: int | None = None) -> Self:
+        """A cache as `state` left it. Raises ValueError where shapes do not belong to this model."""
+        batch, length = state["pad_mask"].shape
+        sample = state["layer0_first"]
+        made = cls(config, batch, capacity or max(length, 1), dtype=sample.dtype, device=sample.device)
+        for i, layer in enumerate(made.layers):
+            for name, store in zip(("first", "second"), layer, strict=True):
+                saved = state.get(f"layer{i}_{name}")
+                expected = (batch, store.shape[1], length, store.shape[3])
+                if saved is None or saved.shape != expected:
+                    has = None if saved is None else tuple(saved.shape)
+                    raise ValueError(f"cache state: layer {i} has {has}, this model needs {expected}")
+                store[:, :, :length] = saved
+        if f"layer{len(made.layers)}_first" in state:
+            raise ValueError(f"cache state: it has more layers than the {len(made.layers)} of this model")
+        made.pad_mask[:, :length], made.document_ids[:, :length] = state["pad_mask"], state["document_ids"]
+        made.length, made.has_pads = length, bool(state["pad_mask"].any())
+        made.has_documents = bool(state["has_documents"])
+        return made

@@ -1,0 +1,79 @@
+"""Who may see whom: every masking rule of the year, in one place.
+
+Queries are the last T of S keys: with a cache, S is longer than T, and the causal triangle is aligned at its lower right
+corner (gallery: attention/top-left-causal). True means "may see"; padding masks are the other way round, True at padding.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def causal_mask(queries: int, keys: int | None = None, *, device: torch.device | None = None) -> Bool[Tensor, "T S"]:
+    """Query i, which stands at place S - T + i, sees the keys up to its own place.
+
+    >>> causal_mask(2, 4).int().tolist()
+    [[1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+    keys = queries if keys is None else keys
+    if keys < queries:
+        raise ValueError(f"{queries} queries are the last of the keys, but there are only {keys} keys")
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def attention_mask(
+    document_ids: Int[Tensor, "B S"] | None = None,
+    *,
+    pad_mask: Bool[Tensor, "B S"] | None = None,
+    positions: Int[Tensor, "B S"] | None = None,
+    window: int | None = None,
+    queries: int | None = None,
+) -> Bool[Tensor, "B T S"]:
+    """Every rule at once: not later, same document, no padding, at most `window` tokens back.
+
+    Args:
+        document_ids: restarting positions alone does not keep documents apart; this does.
+        pad_mask: True at padding. Nothing sees it; a query that is padding sees nothing.
+        positions: needed for `window` only, which counts tokens, not places with padding between them.
+        queries: T, the last of the S; all of them by default.
+
+    >>> attention_mask(torch.tensor([[1, 1, 2]])).int().tolist()
+    [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
+    """
+    given = [x for x in (document_ids, pad_mask, positions) if x is not None]
+    if not given:
+        raise ValueError("attention_mask needs document_ids, pad_mask or positions; causal_mask needs none")
+    keys = given[0].shape[1]
+    queries = keys if queries is None else queries
+    mask = causal_mask(queries, keys, device=given[0].device)[None]
+    late = slice(keys - queries, None)  # not -queries: that would be everything for none
+    if document_ids is not None:
+        mask = mask & (document_ids[:, late, None] == document_ids[:, None, :])
+    if pad_mask is not None:
+        mask = mask & ~pad_mask[:, None, :] & ~pad_mask[:, late, None]
+    if window is not None:
+        if positions is None:
+            raise ValueError("a window counts positions: give them")
+        mask = mask & (positions[:, late, None] - positions[:, None, :] < window)
+    return mask
+
+
+def positions_of(
+    document_ids: Int[Tensor, "B S"] | None, pad_mask: Bool[Tensor, "B S"] | None = None
+) -> Int[Tensor, "B S"]:
+    """Positions that count from 0 in each document and skip padding, on whichever side it is.
+
+    >>> positions_of(torch.tensor([[1, 1, 2, 2]])).tolist()
+    [[0, 1, 0, 1]]
+    >>> positions_of(None, torch.tensor([[True, True, False, False]])).tolist()
+    [[0, 0, 0, 1]]
+    """
+    shape_of = pad_mask if document_ids is None else document_ids
+    real = torch.ones_like(shape_of, dtype=torch.int64) if pad_mask is None else (~pad_mask).long()
+    count = real.cumsum(1)  # real tokens up to and including here
+    before = torch.zeros_like(count)
+    if document_ids is not None:
+        fresh = torch.ones_like(document_ids, dtype=torch.bool)
+        fresh[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        before = torch.where(fresh, count - real, 0).cummax(1).values
+    return (count - before - 1).clamp(min=0)

@@ -1,0 +1,260 @@
+"""The transformer of the year: one class, every published variant a value of `ModelConfig`.
+
+    ids -> embedding (+ positions) -> layers x [attention, MLP] -> norm -> logits
+
+Each block adds to a stream of width C that runs through the model untouched: the residual path. Read `Transformer.forward`
+first; everything else of the folder is called from there. Left out on purpose: gradient checkpointing and parallelism (May).
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from common.model import cost
+from common.model.attention import Attention, Scene
+from common.model.cache import Cache
+from common.model.config import ModelConfig
+from common.model.initialise import initialise
+from common.model.latent import LatentAttention
+from common.model.masks import attention_mask, positions_of
+from common.model.mlp import MLP, MixtureOfExperts, Routing
+from common.model.norms import Norm
+from common.model.output import Output
+from common.model.positions import alibi_bias, alibi_slopes, rope_angles, rope_frequencies, sinusoidal_table
+
+WANTS = ("hidden", "attention")
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each on a branch of the residual stream; where the norm sits is `norm_placement`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = (LatentAttention if config.attention == "latent" else Attention)(config, layer)
+        self.mlp = None
+        if config.mlp != "none":
+            self.mlp = MixtureOfExperts(config) if config.experts else MLP(config)
+        branches = ["attention"] + (["mlp"] if self.mlp is not None else [])
+        for branch in branches if config.norm_placement != "none" else []:
+            self.add_module(f"{branch}_norm", Norm(config.norm, config.width, config.norm_epsilon))
+            if config.norm_placement == "sandwich":
+                self.add_module(f"{branch}_norm_after", Norm(config.norm, config.width, config.norm_epsilon))
+
+    def _before(self, branch: str, x: Tensor) -> Tensor:
+        return getattr(self, f"{branch}_norm")(x) if self.config.norm_placement in ("pre", "sandwich") else x
+
+    def _add(self, branch: str, x: Tensor, made: Tensor) -> Tensor:
+        """Back into the stream."""
+        config = self.config
+        if config.norm_placement == "sandwich":
+            made = getattr(self, f"{branch}_norm_after")(made)
+        if config.dropout and self.training:
+            made = F.dropout(made, config.dropout)
+        if config.residual_scale != 1.0:
+            made = made * config.residual_scale
+        out = x + made if config.residual else made
+        return getattr(self, f"{branch}_norm")(out) if config.norm_placement == "post" else out
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], scene: Scene, pad_mask: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T C"], Routing | None]:
+        x = self._add("attention", x, self.attention(self._before("attention", x), scene))
+        if self.mlp is None:
+            return x, None
+        y, routing = self._before("mlp", x), None
+        if isinstance(self.mlp, MixtureOfExperts):
+            y, routing = self.mlp(y, pad_mask)
+        else:
+            y = self.mlp(y)
+        return self._add("mlp", x, y), routing
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model. See LanguageModel for the interface that all models of the year share.
+
+    Args:
+        config: the architecture.
+        seed: of the initial weights, which depend on nothing else.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size, self.context_length = config.vocab_size, config.context_length
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        if config.positions == "learned":
+            self.position_table = nn.Embedding(config.context_length, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.final_norm = None
+        if config.norm_placement in ("pre", "sandwich"):
+            self.final_norm = Norm(config.norm, config.width, config.norm_epsilon)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+        self._rotation: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0, 1, 2 …, made when needed
+        initialise(self, seed)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "B T"] | None = None,
+        *,
+        embeds: Float[Tensor, "B T C"] | None = None,
+        cache: Cache | None = None,
+        positions: Int[Tensor, "B T"] | None = None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        pad_mask: Bool[Tensor, "B T"] | None = None,
+        want: Collection[str] = (),
+    ) -> Output:
+        """Logits of the next token at each position, (B, T, V).
+
+        Args:
+            ids, embeds: one of the two; `embeds` come in place of the token embeddings.
+            cache: the T tokens continue those in the cache, and join them.
+            positions: by default they count real tokens, from 0 in each document, after those in the cache.
+            document_ids: a token sees only its own document.
+            pad_mask: True at padding, on either side: nothing sees it, and what is computed there means nothing.
+            want: "hidden" puts the stream into `Output.hidden`: embeddings, then the output of each block, the last one
+                normed. "attention" puts the weights, one (B, H, T, S) for each layer, into `aux`.
+        Returns:
+            `aux` has "penalty" (what training adds to the loss), and with experts "load" (layers, experts) and "balance".
+        Raises:
+            ValueError: ids out of range, positions beyond a learned table, shapes that disagree, a full cache.
+        """
+        x = self._embed(ids, embeds)  # (B, T, C)
+        batch, length, _ = x.shape
+        for name, given in (("document_ids", document_ids), ("pad_mask", pad_mask), ("positions", positions)):
+            if given is not None and given.shape != (batch, length):
+                raise ValueError(f"{name} has shape {tuple(given.shape)}, the tokens {(batch, length)}")
+        if set(want) - set(WANTS):
+            raise ValueError(f"want={sorted(want)}: there is {', '.join(WANTS)}")
+        if cache is not None:
+            cache.begin((batch, length), document_ids, pad_mask)
+        scene, places = self._scene(x, cache, positions, document_ids, pad_mask, "attention" in want)
+        x = self._add_positions(x, places)
+        if pad_mask is not None:
+            x = x.masked_fill(pad_mask[..., None], 0.0)  # whatever stood there: 0 * NaN is NaN
+        if self.config.dropout and self.training:
+            x = F.dropout(x, self.config.dropout)
+        hidden, routings = [x], []
+        for block in self.blocks:
+            x, routing = block(x, scene, pad_mask)
+            hidden.append(x)
+            routings.append(routing)
+        if self.final_norm is not None:
+            x = hidden[-1] = self.final_norm(x)
+        logits = self.head(x)
+        if self.config.logit_softcap:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        if cache is not None:
+            cache.advance(length)
+        aux = self._aux(logits, routings, pad_mask)
+        if scene.weights is not None:
+            aux["attention"] = scene.weights
+        return Output(logits, hidden if "hidden" in want else None, aux)
+
+    def _embed(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        if (ids is None) == (embeds is None):
+            raise ValueError("give ids or embeds, one of the two")
+        if embeds is None:
+            if ids.ndim != 2:
+                raise ValueError(f"ids must have shape (B, T), got {tuple(ids.shape)}")
+            if ids.numel() and not ids.is_cuda and (ids.min() < 0 or ids.max() >= self.vocab_size):
+                raise ValueError(
+                    f"token ids run from {int(ids.min())} to {int(ids.max())}, outside a vocabulary of "
+                    f"{self.vocab_size}: was the text encoded with another tokenizer?"
+                )
+            embeds = self.embedding(ids)
+        return embeds if self.config.embedding_scale == 1.0 else embeds * self.config.embedding_scale
+
+    def _scene(
+        self,
+        x: Tensor,
+        cache: Cache | None,
+        positions: Tensor | None,
+        document_ids: Tensor | None,
+        pad_mask: Tensor | None,
+        keep_weights: bool,
+    ) -> tuple[Scene, Tensor]:
+        """(what the layers share, positions of the T tokens). One rule for all cases: build it for all S, use the last T."""
+        config, (_batch, length, _) = self.config, x.shape
+        if cache is not None:
+            document_ids, pad_mask = cache.seen(length)
+        total = length if cache is None else cache.length + length  # S
+        structured = document_ids is not None or pad_mask is not None
+        counted = positions_of(document_ids, pad_mask) if structured else torch.arange(total, device=x.device)[None]
+        places = counted[:, total - length :] if positions is None else positions  # (B or 1, T)
+        scene = Scene(cache=cache, weights=[] if keep_weights else None)
+        if structured or config.window is not None:
+            scene.mask = attention_mask(
+                document_ids, pad_mask=pad_mask, positions=counted, window=config.window, queries=length
+            )[:, None]
+        if config.positions == "alibi":
+            scene.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted[:, total - length :], counted)
+        if config.positions == "rope":
+            # (B or 1, 1, T, D / 2), so that it broadcasts over heads
+            scene.rotation = tuple(part[:, None] for part in self._angles(places))
+        return scene, places
+
+    def _angles(self, places: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        """cos and sin at these positions, looked up in a table that grows."""
+        table = self._rotation
+        most = int(places.max()) + 1 if places.numel() else 1
+        if table is None or len(table[0]) < most or table[0].device != places.device:
+            frequencies, factor = rope_frequencies(self.config)
+            size = max(most, min(self.context_length, 4096))
+            with torch.inference_mode(False):  # a table made while sampling must serve training, too
+                every = torch.arange(size, device=places.device)
+                table = self._rotation = rope_angles(every, frequencies.to(places.device), factor)
+        if len(places) == 1:  # the common case: a slice, no copy
+            first, count = int(places[0, 0]) if places.numel() else 0, places.shape[1]
+            if count == 0 or int(places[0, -1]) - first == count - 1:
+                return tuple(part[first : first + count][None] for part in table)
+        return tuple(part[places] for part in table)
+
+    def _add_positions(self, x: Tensor, places: Tensor) -> Tensor:
+        if self.config.positions == "learned":
+            if places.numel() and int(places.max()) >= self.context_length:
+                raise ValueError(
+                    f"position {int(places.max())} is beyond the learned table of {self.context_length}: crop the input, "
+                    "or raise context_length and train it"
+                )
+            return x + self.position_table(places)
+        if self.config.positions == "sinusoidal":
+            return x + sinusoidal_table(places, self.config.width).to(x.dtype)
+        return x
+
+    def _aux(self, logits: Tensor, routings: list[Routing | None], pad_mask: Tensor | None) -> dict[str, Any]:
+        aux: dict[str, Any] = {"penalty": 0.0}
+        if self.config.experts:
+            aux["load"] = torch.stack([routing.load for routing in routings])  # (layers, experts)
+            aux["balance"] = torch.stack([routing.balance for routing in routings]).mean()
+            aux["penalty"] = self.config.balance_loss * aux["balance"]
+        if self.config.z_loss and self.training:
+            z = logits.float().logsumexp(dim=-1).square()  # PaLM, section 5: keeps logits from drifting
+            z = z.mean() if pad_mask is None else z[~pad_mask].mean()
+            aux["penalty"] = aux["penalty"] + self.config.z_loss * z
+        return aux
+
+    def new_cache(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:
+        """An empty cache for this model, `context_length` places by default."""
+        weight = self.embedding.weight
+        return Cache(
+            self.config, batch, capacity or self.context_length, dtype=dtype or weight.dtype, device=weight.device
+        )
+
+    def num_parameters(self) -> int:
+        """Tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, context: int) -> int:
+        """See cost.flops_per_token."""
+        return cost.flops_per_token(self.config, context)
+
+    def kv_bytes_per_token(self, bytes_per_number: int = 4) -> int:
+        """See cost.kv_bytes_per_token."""
+        return cost.kv_bytes_per_token(self.config, bytes_per_number)

@@ -1,0 +1,1 @@
+"""Other people's weights in our spine, and ours in theirs."""
