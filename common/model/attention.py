@@ -19,7 +19,7 @@ from common.model.cache import Cache
 from common.model.config import ModelConfig
 from common.model.masks import causal_mask
 from common.model.norms import Norm
-from common.model.positions import rotate
+from common.model.positions import turn
 
 
 def attend_naive(
@@ -82,7 +82,7 @@ class Scene:
     Attributes:
         mask: (B, 1, T, S), None for plain causal.
         bias: (B, H, T, S) for the scores, or None.
-        rotation: (cos, sin), each broadcasting against (B, H, T, D / 2), or None.
+        rotation: (cos, sin) as `positions.wide` makes them, broadcasting against (B, H, T, D), or None.
         cache: keys and values of earlier tokens, or None.
         weights: a list that collects each layer's attention weights, or None.
     """
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if scene.rotation is not None:
-            q, k = (rotate(y, *scene.rotation, config.rope_layout) for y in (q, k))
+            q, k = (turn(y, *scene.rotation, config.rope_layout) for y in (q, k))
         if scene.cache is not None:
             k, v = scene.cache.append(self.layer, k, v)  # keys are cached as they are compared: already turned
         dropout = config.dropout if self.training else 0.0

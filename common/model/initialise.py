@@ -22,10 +22,18 @@ BRANCH_ENDS = ("output.weight", "down.weight", "mlp.down")
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Set every parameter by the table of `model.config.init`. Raises ValueError for one that no rule covers."""
-    config = model.config
-    branches = math.sqrt(2 * config.layers)
+def initialise(
+    model: nn.Module, seed: int, *, init: str = "gpt2", branches: int = 1, embedding_std: float = 0.02
+) -> None:
+    """Set every parameter by the table.
+
+    Args:
+        init: the row of the table.
+        branches: how many write to the residual stream, 2 · layers.
+        embedding_std: of embeddings, and of everything in the row `gpt2`.
+    Raises:
+        ValueError: a parameter that no rule covers.
+    """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
@@ -35,12 +43,12 @@ def initialise(model: nn.Module, seed: int) -> None:
         elif parameter.ndim == 1 and "norm" in name:
             parameter.fill_(1.0)
         elif parameter.ndim >= 2:
-            if name in ("embedding.weight", "position_table.weight") or config.init == "gpt2":
-                std = config.init_std
+            if name in ("embedding.weight", "position_table.weight") or init == "gpt2":
+                std = embedding_std
             else:
                 std = 1 / math.sqrt(parameter.shape[-1])
             if name.endswith(BRANCH_ENDS):
-                std = 0.0 if config.init == "zero_output" else std / branches
+                std = 0.0 if init == "zero_output" else std / math.sqrt(branches)
             number = int(sha256_json([seed, name])[:15], 16)
             parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(number))
         else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.model.attention import Scene
 from common.model.config import ModelConfig
 from common.model.norms import Norm
-from common.model.positions import rotate
+from common.model.positions import turn
 
 
 class LatentAttention(nn.Module):
@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
         latent, k_turned = self.down(x).split([config.latent_width, config.rope_head_width], dim=-1)
         latent, k_turned = self.latent_norm(latent)[:, None], k_turned[:, None]  # (B, 1, T, R), (B, 1, T, P)
         if scene.rotation is not None:
-            q_turned, k_turned = (rotate(y, *scene.rotation, config.rope_layout) for y in (q_turned, k_turned))
+            q_turned, k_turned = (turn(y, *scene.rotation, config.rope_layout) for y in (q_turned, k_turned))
         if absorbed is None:
             absorbed = scene.cache is not None and scene.cache.length > 0
         if scene.cache is not None:

@@ -24,7 +24,7 @@ from common.model.masks import attention_mask, positions_of
 from common.model.mlp import MLP, MixtureOfExperts, Routing
 from common.model.norms import Norm
 from common.model.output import Output
-from common.model.positions import alibi_bias, alibi_slopes, rope_angles, rope_frequencies, sinusoidal_table
+from common.model.positions import alibi_bias, alibi_slopes, rope_angles, rope_frequencies, sinusoidal_table, wide
 
 WANTS = ("hidden", "attention")
 
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
         self._rotation: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0, 1, 2 …, made when needed
-        initialise(self, seed)
+        initialise(self, seed, init=config.init, branches=2 * config.layers, embedding_std=config.init_std)
 
     def forward(
         self,
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         if config.positions == "alibi":
             scene.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted[:, total - length :], counted)
         if config.positions == "rope":
-            # (B or 1, 1, T, D / 2), so that it broadcasts over heads
+            # (B or 1, 1, T, D), so that it broadcasts over heads
             scene.rotation = tuple(part[:, None] for part in self._angles(places))
         return scene, places
 
@@ -209,7 +209,8 @@ class Transformer(nn.Module):
             size = max(most, min(self.context_length, 4096))
             with torch.inference_mode(False):  # a table made while sampling must serve training, too
                 every = torch.arange(size, device=places.device)
-                table = self._rotation = rope_angles(every, frequencies.to(places.device), factor)
+                angles = rope_angles(every, frequencies.to(places.device), factor)
+                table = self._rotation = wide(*angles, self.config.rope_layout)
         if len(places) == 1:  # the common case: a slice, no copy
             first, count = int(places[0, 0]) if places.numel() else 0, places.shape[1]
             if count == 0 or int(places[0, -1]) - first == count - 1:

@@ -14,7 +14,7 @@ from common.model.config import ModelConfig
 from common.model.latent import LatentAttention
 from common.model.masks import positions_of
 from common.model.mlp import MixtureOfExperts
-from common.model.positions import rope_angles, rope_frequencies
+from common.model.positions import rope_angles, rope_frequencies, wide
 from common.pretrained.names import config_from_hf, from_transformers, tensors_from_hf
 from common.training.loss import language_model_loss
 
@@ -199,7 +199,7 @@ def test_latent_attention_in_both_forms(query_latent, interleaved):
     mask = torch.zeros(9, 9).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)[None, None]
     other = theirs(x, rotary(x, places), mask)[0]
     frequencies, _ = rope_frequencies(config)
-    rotation = tuple(part[:, None] for part in rope_angles(places, frequencies))
+    rotation = tuple(part[:, None] for part in wide(*rope_angles(places, frequencies), config.rope_layout))
     expected = torch.autograd.grad(other.square().sum(), [x, *theirs.parameters()])
     for absorbed in (False, True):
         mine = ours(x, Scene(rotation=rotation), absorbed=absorbed)

@@ -17,6 +17,8 @@ from common.model.positions import (
     rotate,
     sinusoidal_table,
     to_half_layout,
+    turn,
+    wide,
 )
 from common.model.transformer import Transformer
 
@@ -89,6 +91,19 @@ def test_rotary_products_depend_on_the_distance_alone():
         assert product(5, 3) == pytest.approx(product(1005, 1003), abs=1e-3)
         assert abs(product(5, 3) - product(5, 2)) > 1e-2
         assert product(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_the_fast_rotation_is_the_formula_in_output_and_gradient(layout):
+    cos, sin = rope_angles(torch.arange(9), rope_frequencies(SMALL.but(width=64))[0])
+    x = random(2, 4, 9, 16).requires_grad_()
+    slow, fast = rotate(x, cos, sin, layout), turn(x, *wide(cos, sin, layout), layout)
+    torch.testing.assert_close(fast, slow)
+    mine, other = (torch.autograd.grad(y.pow(3).sum(), x)[0] for y in (fast, slow))
+    torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    half = turn(x.bfloat16(), *wide(cos, sin, layout), layout)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half, slow.bfloat16(), atol=0.05, rtol=0.05)
 
 
 def test_the_two_layouts_are_one_rotation_in_another_order():
@@ -264,7 +279,7 @@ def test_cost_is_what_torch_counts_on_every_preset(name):
     with torch.device(meta):
         model = Transformer(config)
         embeds = torch.zeros(1, length, config.width)
-        model._angles = lambda places: (torch.zeros(1, length, config.rotary_width // 2),) * 2
+        model._angles = lambda places: (torch.zeros(1, length, config.rotary_width),) * 2
         with FlopCounterMode(display=False) as counter:
             model(embeds=embeds, want=["attention"])  # the naive form: the counter is blind to the CPU's fused kernel
     assert model.flops_per_token(length) * length == pytest.approx(counter.get_total_flops(), rel=0.02)

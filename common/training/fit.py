@@ -1,0 +1,87 @@
+"""The smallest training loop: AdamW, a warm-up, a cosine, and nothing hidden. May's trainer grows from it.
+
+It is for studies of minutes, where twenty small models are compared. It does not save, resume, accumulate or evaluate.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from common.data.documents import Batch
+from common.training.loss import language_model_loss
+
+
+@dataclass
+class Fit:
+    """What happened: `losses` in nats at every step, and the step at which the loss was no longer finite, if it was."""
+
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    diverged_at: int | None = None
+    tokens: int = 0
+
+
+def fit(
+    model: nn.Module,
+    batch_at: Callable[[int], Batch],
+    steps: int,
+    *,
+    learning_rate: float = 3e-3,
+    warmup: int | None = None,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    label: str = "",
+    watch: Callable[[int], None] | None = None,
+) -> Fit:
+    """Train in place.
+
+    Args:
+        batch_at: the batch of each step; a function of the step alone, so that runs can be compared batch by batch.
+        learning_rate: at the top of the schedule, which ends at a tenth of it.
+        warmup: steps of linear rise; a tenth of all by default.
+        clip: largest gradient norm, None for no clipping.
+        watch: called with the number of steps done, before the first and after each.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    warmup, found = max(1, steps // 10) if warmup is None else max(1, warmup), Fit()
+    model.train()
+    if watch:
+        watch(0)
+    for step in tqdm(range(steps), desc=label or "training", leave=False, delay=5):
+        rise, fall = (step + 1) / warmup, max(0.0, (step - warmup) / max(1, steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, rise) * (0.55 + 0.45 * math.cos(math.pi * fall))
+        batch = batch_at(step)
+        out = model(batch.inputs, document_ids=_several(batch.document_ids))
+        loss = language_model_loss(out.logits, batch.targets, batch.loss_mask).mean
+        penalty = (out.aux or {}).get("penalty", 0.0)
+        (loss + penalty).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip is None else clip)
+        found.losses.append(float(loss.detach()))
+        found.gradient_norms.append(float(norm))
+        found.tokens += batch.inputs.numel()
+        if not math.isfinite(found.losses[-1]) or not math.isfinite(found.gradient_norms[-1]):
+            found.diverged_at = step
+            break
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if watch:
+            watch(step + 1)
+    model.eval()
+    return found
+
+
+def _several(document_ids: torch.Tensor) -> torch.Tensor | None:
+    """None where every row is one document: then no mask is needed beyond the causal one."""
+    return document_ids if (document_ids != document_ids[:, :1]).any() else None
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batch: Batch) -> tuple[float, int]:
+    """(share of the targets that count which are the most probable token, how many count)."""
+    right = model(batch.inputs, document_ids=_several(batch.document_ids)).logits.argmax(-1) == batch.targets
+    return float(right[batch.loss_mask].double().mean()), int(batch.loss_mask.sum())
