@@ -22,7 +22,7 @@ def rnn_step(projected: Tensor, state: Tensor, recurrent: nn.Linear) -> Tensor:
 
 
 def lstm_step(projected: Tensor, state: Tensor, recurrent: nn.Linear) -> Tensor:
-    """c' = f c + i g, h' = o tanh(c'). `projected` is (B, 4 C) in torch's order i, f, g, o; `state` is h and c, (2, B, C)."""
+    """c' = f c + i g, h' = o tanh(c'). `projected` is (B, 4 C), gates i, f, g, o; `state` h and c, (2, B, C)."""
     i, f, g, o = (projected + recurrent(state[0])).chunk(4, dim=-1)
     cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return torch.stack([o.sigmoid() * cell.tanh(), cell])
@@ -64,8 +64,8 @@ class Recurrent(nn.Module):
         kind: "rnn" or "lstm".
         width: C, of the embeddings and of the state of each layer.
         seed: of the initial weights.
-        forget_bias: of the LSTM's forget gate at the start: at 0 it forgets half of the state with each token, at 1 a quarter
-            (Jozefowicz et al. 2015).
+        forget_bias: of the LSTM's forget gate at the start. At 0, half of the state is forgotten with each token; at 1,
+            a quarter (Jozefowicz et al. 2015).
     """
 
     def __init__(

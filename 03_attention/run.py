@@ -1,0 +1,134 @@
+"""March: what attention needs (order), what it does (recall, look-up), and what tokens come to mean by being used."""
+
+from dataclasses import dataclass
+
+from common.data import synthetic
+from common.data.shards import Shards
+from common.foundation.evidence import claim, number
+from common.foundation.plots import bars, curves, save
+from common.foundation.run import Run, announce, needed, script
+from common.foundation.statistics import Interval
+from common.model.transformer import Transformer
+from common.tokenization.bpe import BPETokenizer
+from common.training import studies
+from common.training.fit import Fit
+
+INPUTS = ("02_tokenization",)
+KINDS = ("none", "learned", "sinusoidal", "alibi", "rope")
+LENGTHS = (32, 64, 128)  # trained at the first
+NAMES = (b" he", b" was", b" king", b"ROMEO", b"7")
+
+
+@dataclass(frozen=True)
+class Config:
+    """None: what the size implies."""
+
+    size: str = "small"
+    seed: int = 0
+    seeds: int | None = None  # trainings of each way to write order
+    steps: int | None = None  # of each of them, and of each recall
+    look_up_steps: int | None = None
+    word_steps: int | None = None
+    gaps: tuple[int, ...] = (4, 16, 48)  # tokens of noise between a thing and its recall
+
+
+SIZES = {
+    "tiny": {"seeds": 1, "steps": 30, "look_up_steps": 40, "word_steps": 20},
+    "small": {"seeds": 3, "steps": 250, "look_up_steps": 700, "word_steps": 250},
+    "medium": {"seeds": 5, "steps": 1000, "look_up_steps": 2000, "word_steps": 2000},
+    "large": {"seeds": 5, "steps": 1000, "look_up_steps": 2000, "word_steps": 5000},
+}
+
+
+def main(config: Config) -> None:
+    with Run("03_attention", config, inputs=INPUTS) as run:
+        february = needed("02_tokenization", config.size)
+        tokenizer = BPETokenizer.load(february / "tokenizer.json")
+        order, recalled = order_study(run, config), recall_study(run, config)
+        test = synthetic.repeated(128, 48, studies.VOCABULARY, studies.UNSEEN)
+        watch, steps, seen = studies.watching(test, max(1, config.look_up_steps // 35))
+        learned = studies.learn_to_look_up(steps=config.look_up_steps, seed=config.seed, watch=watch)
+        without = studies.silenced(spend(run, *learned, "look-up"), test)
+        shards = Shards.for_tokenizer(february / "train", tokenizer)
+        untrained = studies.learn_words(shards, steps=0, seed=config.seed)[0]
+        words = spend(run, *studies.learn_words(shards, steps=config.word_steps, seed=config.seed), "embeddings")
+        cosines = studies.word_geometry(words, untrained, tokenizer, shards)
+        run.identify(
+            tokenizer=tokenizer.fingerprint,
+            model={"steps": [config.steps, config.look_up_steps, config.word_steps], "seeds": config.seeds},
+            measurement={"unseen": studies.UNSEEN, "gaps": list(config.gaps), "lengths": list(LENGTHS)},
+        )
+        axes = {"title": "Which token came before? Trained at 32 tokens", "xlabel": "tokens", "ylabel": "accuracy"}
+        lines = {kind: [*row, *[float("nan")] * (len(LENGTHS) - len(row))] for kind, row in order.items()}
+        figure = curves(LENGTHS, lines, **axes, level=("chance", 1 / studies.VOCABULARY))
+        caption = "Learned positions end with their table, at 64; the rows beyond 32 were never trained."
+        figures = [save(figure, run.path("order.png"), caption=caption)]
+        axes = {"title": "Recall across noise", "xlabel": "tokens between", "ylabel": "accuracy"}
+        figure = curves(config.gaps, recalled, **axes, level=("chance", 1 / 8))
+        caption = "One layer each, equally wide, equal steps: a state must survive every step, attention looks back."
+        figures.append(save(figure, run.path("recall.png"), caption=caption))
+        axes = {"title": "Two layers learn to look up", "xlabel": "step", "ylabel": "accuracy, or share of attention"}
+        figure = curves(steps, seen, **axes)
+        caption = "Accuracy rises when a head of the second layer has found where to look."
+        figures.append(save(figure, run.path("look-up.png"), caption=caption))
+        figure = bars(without, title="Look-up with one head silenced", xlabel="accuracy", highlight=("induction head",))
+        caption = "Heads of the second layer; the control is the head that does something else."
+        figures.append(save(figure, run.path("heads.png"), caption=caption))
+        unit, rows = "accuracy", []
+        for kind, values in order.items():
+            rows += [number(f"order by {kind}, {n} tokens", v, unit) for n, v in zip(LENGTHS, values, strict=False)]
+        for kind, values in recalled.items():
+            rows += [number(f"{kind}, recall after {n}", v, unit) for n, v in zip(config.gaps, values, strict=True)]
+        rows += [number(f"look-up, silenced: {name}", value, unit) for name, value in without.items()]
+        rows += [number(f"cosine, {name}", value, "cosine", f"over {value.n}") for name, value in cosines.items()]
+        control = next(value for name, value in without.items() if name.startswith("control"))
+        said, cost = [], {"steps": config.steps}
+        if config.size != "tiny":  # that trains for seconds, and claims nothing
+            said = [
+                claim("With rotary positions a layer knows what came before", order["rope"][0], order["none"][0], cost=cost),
+                claim("Attention recalls over 48 tokens what an LSTM has lost", recalled["attention"][-1],
+                      recalled["lstm"][-1], unit=unit, cost=cost),
+                claim("Without its induction head, look-up is lost", without["induction head"], control,
+                      better="lower", unit=unit, cost={"steps": config.look_up_steps}),
+                claim("Names of speakers end up near each other", cosines["speakers' names"],
+                      cosines["speakers' names: others as frequent"], unit="cosine", cost={"steps": config.word_steps}),
+            ]  # fmt: skip
+        text = studies.neighbours(words, tokenizer, NAMES)
+        samples = [{"title": "nearest neighbours after a short training", "text": text}]
+        title = "Attention: masks, shapes and order"
+        run.finish({"title": title, "claims": said, "numbers": rows, "figures": figures, "samples": samples})
+
+
+def spend(run: Run, model: Transformer, fit: Fit, what: str) -> Transformer:
+    announce(f"  {what}: {fit.losses[-1]:.3f} nats after {len(fit.losses)} steps")
+    run.spend(trained=fit.tokens, flops=3 * fit.tokens * model.flops_per_token(48))
+    run.log(what=what, losses=fit.losses[::10])
+    return model
+
+
+def order_study(run: Run, config: Config) -> dict[str, list[Interval]]:
+    """Accuracy at each length that the positions allow, over all seeds."""
+    found = {}
+    for kind in KINDS:
+        models = [
+            spend(run, *studies.learn_order(kind, steps=config.steps, seed=seed), f"order by {kind}, seed {seed}")
+            for seed in range(config.seeds)
+        ]
+        tests = [synthetic.previous(64, n, studies.VOCABULARY, studies.UNSEEN) for n in LENGTHS]
+        most = models[0].context_length if kind == "learned" else max(LENGTHS)
+        found[kind] = [studies.scored(models, test) for test in tests if test.inputs.shape[1] <= most]
+    return found
+
+
+def recall_study(run: Run, config: Config) -> dict[str, list[Interval]]:
+    found: dict[str, list[Interval]] = {"attention": [], "lstm": [], "rnn": []}
+    for kind, values in found.items():
+        for gap in config.gaps:
+            learned = studies.learn_recall(kind, gap, steps=config.steps, seed=config.seed)
+            model = spend(run, *learned, f"{kind}, recall after {gap}")
+            values.append(studies.scored([model], synthetic.recall(500, gap, 24, studies.UNSEEN, pairs=1)))
+    return found
+
+
+if __name__ == "__main__":
+    script(__name__)
