@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from common.data import synthetic
 from common.data.shards import Shards
 from common.foundation.evidence import claim, number
+from common.foundation.parallel import each
 from common.foundation.plots import bars, curves, save
 from common.foundation.run import Run, announce, needed, script
 from common.foundation.statistics import Interval
@@ -108,25 +109,27 @@ def spend(run: Run, model: Transformer, fit: Fit, what: str) -> Transformer:
 
 def order_study(run: Run, config: Config) -> dict[str, list[Interval]]:
     """Accuracy at each length that the positions allow, over all seeds."""
+    jobs = [{"positions": kind, "steps": config.steps, "seed": seed} for kind in KINDS for seed in range(config.seeds)]
+    models: dict[str, list[Transformer]] = {kind: [] for kind in KINDS}
+    for job, learned in zip(jobs, each(studies.learn_order, jobs, label="order"), strict=True):
+        models[job["positions"]].append(spend(run, *learned, f"order by {job['positions']}, seed {job['seed']}"))
+    tests = [synthetic.previous(64, n, studies.VOCABULARY, studies.UNSEEN) for n in LENGTHS]
     found = {}
-    for kind in KINDS:
-        models = [
-            spend(run, *studies.learn_order(kind, steps=config.steps, seed=seed), f"order by {kind}, seed {seed}")
-            for seed in range(config.seeds)
-        ]
-        tests = [synthetic.previous(64, n, studies.VOCABULARY, studies.UNSEEN) for n in LENGTHS]
-        most = models[0].context_length if kind == "learned" else max(LENGTHS)
-        found[kind] = [studies.scored(models, test) for test in tests if test.inputs.shape[1] <= most]
+    for kind, them in models.items():
+        most = them[0].context_length if kind == "learned" else max(LENGTHS)
+        found[kind] = [studies.scored(them, test) for test in tests if test.inputs.shape[1] <= most]
     return found
 
 
 def recall_study(run: Run, config: Config) -> dict[str, list[Interval]]:
-    found: dict[str, list[Interval]] = {"attention": [], "lstm": [], "rnn": []}
-    for kind, values in found.items():
-        for gap in config.gaps:
-            learned = studies.learn_recall(kind, gap, steps=config.steps, seed=config.seed)
-            model = spend(run, *learned, f"{kind}, recall after {gap}")
-            values.append(studies.scored([model], synthetic.recall(500, gap, 24, studies.UNSEEN, pairs=1)))
+    jobs = [
+        {"kind": kind, "gap": n, "steps": config.steps} for kind in ("attention", "lstm", "rnn") for n in config.gaps
+    ]
+    found: dict[str, list[Interval]] = {}
+    for job, learned in zip(jobs, each(studies.learn_recall, jobs, label="recall"), strict=True):
+        model = spend(run, *learned, f"{job['kind']}, recall after {job['gap']}")
+        test = synthetic.recall(500, job["gap"], 24, studies.UNSEEN, pairs=1)
+        found.setdefault(job["kind"], []).append(studies.scored([model], test))
     return found
 
 

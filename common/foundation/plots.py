@@ -1,4 +1,4 @@
-"""One style for every figure of the year, and two kinds of figure that most of them are.
+"""One style for every figure of the year, and the few kinds of figure that most of them are.
 
 Colours are those of Okabe and Ito, which readers with any colour vision can tell apart; lines also differ in dash and
 marker. Every figure comes with alt text, and its numbers can be printed, so that a test can compare them.
@@ -97,6 +97,30 @@ def bars(
     return figure
 
 
+def grid(
+    rows: Mapping[str, Sequence[float]], columns: Sequence[str], *, title: str, xlabel: str, limit: float
+) -> Figure:
+    """A table of numbers as coloured cells, darker is lower; those not below `limit` are crossed out."""
+    use_style()
+    figure, axes = plt.subplots(figsize=(7.0, 1.1 + 0.42 * len(rows)))
+    values = np.array(list(rows.values()), dtype=float)
+    good = values[values < limit]
+    shown = np.ma.masked_where(~(values < limit), values)
+    axes.imshow(shown, cmap="cividis", aspect="auto", vmin=good.min(initial=limit), vmax=limit)
+    for (row, column), value in np.ndenumerate(values):
+        broken = not value < limit
+        text = "×" if broken else f"{value:.2f}"
+        middle = (good.min(initial=limit) + limit) / 2
+        axes.text(
+            column, row, text, ha="center", va="center", color="0.4" if broken else "w" if value < middle else "k"
+        )
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.grid(visible=False)
+    axes.set(title=title, xlabel=xlabel)
+    return figure
+
+
 def flow(rows: Sequence[tuple[str, str, str]], *, title: str) -> Figure:
     """A trace drawn step by step: each row is (what went in, what came out, what was made of it)."""
     use_style()
@@ -124,7 +148,7 @@ def _errors(values: Sequence[Interval | float]) -> np.ndarray:
 
 
 def numbers(figure: Figure) -> list[str]:
-    """What is drawn, as text: for each labelled line its points, for each bar its length."""
+    """What is drawn, as text: for each labelled line its points, for each bar its length, for each grid its cells."""
     found = []
     for axes in figure.axes:
         for line in axes.get_lines():
@@ -138,6 +162,12 @@ def numbers(figure: Figure) -> list[str]:
         widths = [patch.get_width() for patch in axes.patches]
         if widths and len(widths) == len(names):
             found += [f"{name}: {width:.3f}" for name, width in zip(names, widths, strict=True)]
+        for image in axes.get_images():
+            cells = [text.get_text() for text in axes.texts]
+            across = len(cells) // max(1, len(names))
+            found += [
+                f"{name}: {' '.join(cells[i * across : (i + 1) * across])}" for i, name in enumerate(names) if image
+            ]
     return found
 
 

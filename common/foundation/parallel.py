@@ -1,0 +1,71 @@
+"""Many small trainings at once: one process for each core, one thread in each process.
+
+A model of a hundred thousand parameters does not fill two threads, but two of them fill two cores. And a sum in one thread
+has one order: results do not depend on how many cores there are.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+Result = TypeVar("Result")
+QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, set before they import
+
+
+def each(
+    work: Callable[..., Result], jobs: Sequence[Mapping[str, Any]], *, label: str = "", workers: int | None = None
+) -> list[Result]:
+    """[work(**job) for job in jobs], over processes, with a progress bar. The order is that of the jobs.
+
+    Args:
+        work: a function of a module, with arguments and results that can be pickled between processes.
+        workers: as many as cores by default.
+    Raises:
+        Whatever `work` raised first.
+    """
+    workers = workers or os.cpu_count() or 1
+    try:
+        running = [_pool(workers).submit(_call, work, job) for job in jobs]
+        return [one.result() for one in tqdm(running, desc=label, unit="training", delay=5)]
+    except BaseException:
+        _pool(workers).shutdown(wait=False, cancel_futures=True)
+        _pool.cache_clear()
+        raise
+
+
+@functools.cache
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Kept until the end: a worker takes seconds to import torch."""
+    with _environment(QUIET):
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        for one in [pool.submit(time.sleep, 0.05) for _ in range(workers)]:  # start all of them in this environment
+            one.result()
+    return pool
+
+
+def _call(work: Callable[..., Result], job: Mapping[str, Any]) -> Result:
+    import torch
+
+    torch.set_num_threads(1)
+    return work(**job)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
