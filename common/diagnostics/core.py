@@ -51,6 +51,23 @@ HANDLES = {
     "labelled": "callable: () -> (item, label) pairs as the trainer gets them",
     "label_of": "callable: item -> its right label",
     "run_status": "callable: (body: callable) -> status text of a run whose body is called",
+    "module": "nn.Module: called with ids (B, T) it returns logits, bare or in an object with `.logits`",
+    "untrained": "the same with initial weights; copies of it are trained",
+    "padded": "callable: (ids (B, T), pad_mask (B, T), True at padding) -> logits",
+    "poisoned": "callable: (ids, pad_mask) -> logits, with NaN in place of the embeddings at padding",
+    "packed": "callable: (ids (B, T), document_ids (B, T)) -> logits",
+    "open_cache": "callable: (batch) -> step, a callable: next ids (B, t) -> their logits, continuing a fresh cache",
+    "bounded_cache": "callable: (capacity) -> step, as open_cache for one row, with room for so many tokens",
+    "attention_maps": "callable: ids (B, T) -> list of attention weights (B, H, T, T), one for each layer",
+    "attend": "callable: q (B, H, T, D), k and v (B, G, S, D) -> causal attention (B, H, T, D)",
+    "hidden": "callable: ids -> list of (name, tensor), the stream after each layer",
+    "reference_hidden": "the same of an independent implementation with the same weights",
+    "rotate_at": "callable: (x (1, 1, 1, D), position) -> x turned to that position",
+    "parameter_count": "int: what the model says that it has",
+    "expected_parameters": "int: what a model of this shape has by an independent count",
+    "load_weights": "callable: (named tensors) -> nn.Module that should hold them",
+    "stream": "callable: ids -> (logits, list of hidden states with their graph, bottom to top)",
+    "memory": "int: how many tokens back an output must be able to depend",
 }
 
 

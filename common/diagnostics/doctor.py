@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from common.diagnostics.core import Probe, Reading
+from common.diagnostics.handles import handles_of
 from common.diagnostics.probes import ALL
 
 
@@ -45,7 +48,8 @@ def doctor(
     """Run every probe for which the handles are there.
 
     Args:
-        model: ids (B, T) int64 -> logits (B, T, V), bare or in an object with `.logits` (any Hugging Face model).
+        model: ids (B, T) int64 -> logits (B, T, V), bare or in an object with `.logits` (any Hugging Face model). From an
+            `nn.Module`, handles for padding, packing, caches and gradients are made as well, where it has them.
         vocab_size: V.
         handles: more of what `common.diagnostics.core.HANDLES` lists: generate=…, bits_per_byte=…, accuracy=….
 
@@ -54,7 +58,8 @@ def doctor(
     >>> doctor(peeking, 50).readings["future-perturbation"].caught
     True
     """
-    given = {"model": model, "vocab_size": vocab_size, **handles}
+    made = handles_of(model) if isinstance(model, nn.Module) else {}
+    given = {**made, "model": model, **({} if vocab_size is None else {"vocab_size": vocab_size}), **handles}
     specimen = {name: value for name, value in given.items() if value is not None}
     readings, skipped = {}, {}
     for probe in probes:

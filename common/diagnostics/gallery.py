@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from common.diagnostics.core import Failure, Probe, opened
@@ -184,6 +185,11 @@ def as_text(cells: Sequence[Cell], failures: Sequence[Failure]) -> str:
 
 
 def measure(months: Sequence[Month] | None = None) -> tuple[list[Cell], list[Failure]]:
-    """Run the gallery of these months (of all that are built)."""
+    """Run the gallery of these months (of all that are built), in one thread: the specimens are tiny."""
     failures = failures_of(built_months() if months is None else months)
-    return kill_matrix(failures), failures
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return kill_matrix(failures), failures
+    finally:
+        torch.set_num_threads(threads)

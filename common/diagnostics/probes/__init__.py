@@ -1,7 +1,7 @@
 """Every probe, in the order of the kill matrix: for each month first what everybody looks at, then what finds the bug."""
 
 from common.diagnostics.core import Probe
-from common.diagnostics.probes import harness, models, records, samplers, texts, tokens
+from common.diagnostics.probes import harness, models, modules, records, samplers, texts, tokens
 
 ALL: tuple[Probe, ...] = (
     texts.beats_unigram,
@@ -38,6 +38,24 @@ ALL: tuple[Probe, ...] = (
     tokens.token_ledger,
     tokens.item_identity,
     tokens.labels_stay,
+    modules.loss_at_init,
+    modules.overfit_one_batch,
+    modules.entropy_floor,
+    modules.parameters_move,
+    modules.past_matters,
+    modules.padding_invariance,
+    modules.poisoned_padding,
+    modules.documents_apart,
+    modules.cached_equals_uncached,
+    modules.cache_overflow,
+    modules.rows_sum_to_one,
+    modules.mass_on_the_future,
+    modules.attend_parity,
+    modules.layer_parity,
+    modules.rotation,
+    modules.parameter_count_agrees,
+    modules.weights_survive,
+    modules.gradient_by_depth,
 )
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from common.diagnostics.core import Reading, probe
 
 
-def _logits(model: Callable[[Tensor], object], ids: Tensor) -> Tensor:
+def logits_of(model: Callable[[Tensor], object], ids: Tensor) -> Tensor:
     """Accepts a bare tensor, or an output object with `.logits` (ours, and Hugging Face's)."""
     with torch.no_grad():
         out = model(ids)
     return (out if isinstance(out, Tensor) else out.logits).double()
 
 
-def _inputs(ids: Tensor | None, vocab_size: int, rows: int = 4, length: int = 16) -> tuple[Tensor, Tensor]:
+def inputs(ids: Tensor | None, vocab_size: int, rows: int = 4, length: int = 16) -> tuple[Tensor, Tensor]:
     """Two different batches of the same shape: the given ids and the same read backwards, or random ones.
 
     Raises ValueError where nothing could be seen: a single row or column, or rows that read the same backwards.
@@ -30,7 +30,7 @@ def _inputs(ids: Tensor | None, vocab_size: int, rows: int = 4, length: int = 16
     return batch, other
 
 
-def _change(a: Tensor, b: Tensor) -> Tensor:
+def change(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|, zero where both are the same infinity, and NaN wherever NaN is involved."""
     return torch.where(a == b, 0.0, (a - b).abs())
 
@@ -38,9 +38,9 @@ def _change(a: Tensor, b: Tensor) -> Tensor:
 @probe("repeatable", "does the same input give the same logits twice?")
 def repeatable(model: Callable, vocab_size: int, ids: Tensor | None = None, *, tolerance: float = 1e-6) -> Reading:
     """Largest difference between two passes on the same ids. Dropout left on shows here."""
-    batch, _ = _inputs(ids, vocab_size)
-    first, second = _logits(model, batch), _logits(model, batch)
-    return Reading(float(_change(first, second).max()), tolerance, "largest change of a logit")
+    batch, _ = inputs(ids, vocab_size)
+    first, second = logits_of(model, batch), logits_of(model, batch)
+    return Reading(float(change(first, second).max()), tolerance, "largest change of a logit")
 
 
 @probe("future-perturbation", "does a position see what comes after it?")
@@ -48,12 +48,12 @@ def future_perturbation(
     model: Callable, vocab_size: int, ids: Tensor | None = None, *, tolerance: float = 1e-4
 ) -> Reading:
     """Change every token after position t, for each t: no logit up to t may move."""
-    batch, other = _inputs(ids, vocab_size)
-    before = _logits(model, batch)
+    batch, other = inputs(ids, vocab_size)
+    before = logits_of(model, batch)
     moved = []
     for t in range(batch.shape[1] - 1):
         changed = torch.cat([batch[:, : t + 1], other[:, t + 1 :]], dim=1)
-        moved.append(_change(_logits(model, changed)[:, : t + 1], before[:, : t + 1]).max())
+        moved.append(change(logits_of(model, changed)[:, : t + 1], before[:, : t + 1]).max())
     return Reading(
         float(torch.stack(moved).max()), tolerance, "largest change of a logit at or before the changed place"
     )
@@ -62,12 +62,12 @@ def future_perturbation(
 @probe("cross-row", "does a row see another row of its batch?")
 def cross_row(model: Callable, vocab_size: int, ids: Tensor | None = None, *, tolerance: float = 1e-4) -> Reading:
     """Change one row at a time: the logits of the others must stay."""
-    batch, other = _inputs(ids, vocab_size)
-    before = _logits(model, batch)
+    batch, other = inputs(ids, vocab_size)
+    before = logits_of(model, batch)
     moved = []
     for row in range(len(batch)):
         changed = batch.clone()
         changed[row] = other[row]
         others = torch.arange(len(batch)) != row
-        moved.append(_change(_logits(model, changed), before)[others].max())
+        moved.append(change(logits_of(model, changed), before)[others].max())
     return Reading(float(torch.stack(moved).max()), tolerance, "largest change of a logit in an unchanged row")
