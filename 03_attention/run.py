@@ -46,13 +46,15 @@ def main(config: Config) -> None:
         february = needed("02_tokenization", config.size)
         tokenizer = BPETokenizer.load(february / "tokenizer.json")
         order, recalled = order_study(run, config), recall_study(run, config)
+        shards, seed = Shards.for_tokenizer(february / "train", tokenizer), config.seed
+        jobs = [
+            {"work": studies.learn_words, "shards": shards, "steps": config.word_steps, "seed": seed},
+            {"work": studies.watched_look_up, "steps": config.look_up_steps, "seed": seed},
+        ]
+        learned, (model, result, steps, seen) = each(studies.study, jobs, label="look-up and embeddings")
         test = synthetic.repeated(128, 48, studies.VOCABULARY, studies.UNSEEN)
-        watch, steps, seen = studies.watching(test, max(1, config.look_up_steps // 35))
-        learned = studies.learn_to_look_up(steps=config.look_up_steps, seed=config.seed, watch=watch)
-        without = studies.silenced(spend(run, *learned, "look-up"), test)
-        shards = Shards.for_tokenizer(february / "train", tokenizer)
-        untrained = studies.learn_words(shards, steps=0, seed=config.seed)[0]
-        words = spend(run, *studies.learn_words(shards, steps=config.word_steps, seed=config.seed), "embeddings")
+        without = studies.silenced(spend(run, model, result, "look-up"), test)
+        words, untrained = spend(run, *learned, "embeddings"), studies.learn_words(shards, steps=0, seed=seed)[0]
         cosines = studies.word_geometry(words, untrained, tokenizer, shards)
         run.identify(
             tokenizer=tokenizer.fingerprint,

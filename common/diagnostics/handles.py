@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def handles_of(module: nn.Module, *, untrained: bool = False) -> dict[str, Any]:
-    """Every handle that can be made from this module. It is put into evaluation mode.
+    """Every handle that can be made from this module, in the mode in which it is: dropout that is left on should show.
 
     Args:
         untrained: True if its weights are initial ones, so that probes may ask what it knows (nothing) and train copies.
@@ -20,7 +20,6 @@ def handles_of(module: nn.Module, *, untrained: bool = False) -> dict[str, Any]:
     A Hugging Face model gets padding, packing (by restarting positions, as its own training does), a cache and, with
     attn_implementation="eager", attention maps. A model without those parameters gets the handles that need none.
     """
-    module.eval()
     accepts = set(inspect.signature(module.forward).parameters)
     made: dict[str, Any] = {"model": module}
     if any(parameter.requires_grad for parameter in module.parameters()):

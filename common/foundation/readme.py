@@ -18,7 +18,15 @@ from common.foundation.months import MONTHS, ROOT, is_built
 from common.foundation.report import show_value
 from common.foundation.run import needed, official
 
-USUAL_LOOKS = ("beats-unigram", "samples-look-right", "repeatable", "shapes-and-ranges", "round-trip")
+USUAL_LOOKS = (
+    "beats-unigram",
+    "samples-look-right",
+    "repeatable",
+    "shapes-and-ranges",
+    "round-trip",
+    "loss-at-init",
+    "overfit-one-batch",
+)
 
 
 def numbers_table(folder: str, size: str) -> str:

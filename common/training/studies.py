@@ -5,6 +5,7 @@ and tests use a seed that training never reaches.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,11 @@ from common.training.fit import Fit, fit
 UNSEEN = 10**6  # a seed beyond every step of every study
 VOCABULARY = 32  # of the small tasks; chance is one in as many
 ONE_LAYER = ModelConfig(vocab_size=VOCABULARY, context_length=64, layers=1, width=64, heads=4, init="fan_in")
+
+
+def study(work: Callable, **arguments: Any) -> Any:
+    """work(**arguments): different studies as jobs of one `parallel.each`."""
+    return work(**arguments)
 
 
 def scores(model: nn.Module, batch: Batch) -> list[float]:
@@ -86,9 +92,10 @@ def learn_words(shards: Shards, *, steps: int, seed: int = 0) -> tuple[Transform
     return model, fit(model, lambda _: stream.next_batch(), steps, learning_rate=4e-3, label="embeddings")
 
 
-def watching(test: Batch, every: int) -> tuple[Callable[[Transformer, int], None], list[int], dict[str, list[float]]]:
-    """(a `watch` for `learn_to_look_up`, the steps it will have noted, and what it will have seen at each)."""
-    steps: list[int] = []
+def watched_look_up(*, steps: int, seed: int = 0) -> tuple[Transformer, Fit, list[int], dict[str, list[float]]]:
+    """`learn_to_look_up` with a history: (model, fit, steps at which it was looked at, what was seen at each)."""
+    test = synthetic.repeated(128, 48, VOCABULARY, UNSEEN)
+    every, places = max(1, steps // 35), []
     seen: dict[str, list[float]] = {
         "accuracy": [],
         "best previous-token head, layer 1": [],
@@ -104,11 +111,12 @@ def watching(test: Batch, every: int) -> tuple[Callable[[Transformer, int], None
                 previous_token_score(first).max(),
                 induction_score(second, test.inputs).max(),
             )
-            steps.append(step)
+            places.append(step)
             for values, value in zip(seen.values(), now, strict=True):
                 values.append(float(value))
 
-    return watch, steps, seen
+    model, result = learn_to_look_up(steps=steps, seed=seed, watch=watch)
+    return model, result, places, seen
 
 
 def silenced(model: Transformer, test: Batch, layer: int = 1) -> dict[str, Interval]:

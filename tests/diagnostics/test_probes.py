@@ -18,7 +18,7 @@ def gpt2():
 
 def test_a_hugging_face_model_is_healthy(gpt2):
     found = doctor(gpt2, 61)
-    assert set(found.readings) == {"repeatable", "future-perturbation", "cross-row"}
+    assert set(found.readings) >= {"repeatable", "future-perturbation", "cross-row", "cached-equals-uncached"}
     assert found.healthy, str(found)
     assert "bits_per_byte" in str(found), "says which handles would run more"
 

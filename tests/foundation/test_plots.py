@@ -5,7 +5,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import pytest
 
-from common.foundation.plots import bars, curves, flow, numbers, save, show
+from common.foundation.plots import bars, curves, flow, grid, numbers, save, show
 from common.foundation.statistics import Interval
 
 
@@ -55,3 +55,9 @@ def test_flow_draws_each_step():
     figure = flow([("7+8+0=", "51", "write 5"), ("4+3+1=", "80", "write 8")], title="t")
     texts = {text.get_text() for text in figure.axes[0].texts}
     assert {"7+8+0=", "51", "write 5", "80"} <= texts
+
+
+def test_a_grid_crosses_out_what_is_not_below_the_limit():
+    rows = {"calm": [1.0, 2.0], "wild": [3.5, float("inf")]}
+    figure = grid(rows, ["0.1", "1"], title="t", xlabel="rate", limit=3.0)
+    assert numbers(figure) == ["calm: 1.00 2.00", "wild: × ×"]

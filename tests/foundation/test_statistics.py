@@ -1,6 +1,7 @@
 """Our three formulas against scipy and statsmodels, and against their own meaning."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from common.foundation.statistics import mean_ci, paired_difference, pass_at_k
+from common.foundation.statistics import mean_ci, mean_of_seeds, paired_difference, pass_at_k
 
 
 @given(st.integers(1, 400), st.data())
@@ -134,3 +135,13 @@ def test_one_value_has_no_interval():
 def test_same_seed_same_interval():
     values = np.random.default_rng(0).random(30)
     assert mean_ci(values) == mean_ci(values)
+
+
+def test_a_mean_of_seeds_has_the_interval_of_student():
+    found = mean_of_seeds([3.0, 3.2, 3.1])
+    assert (found.mean, found.n) == (pytest.approx(3.1), 3)
+    assert found.high - found.mean == pytest.approx(
+        4.302653 * 0.1 / math.sqrt(3), rel=1e-6
+    )  # the table's t for 2 degrees
+    with pytest.raises(ValueError, match="at least two seeds"):
+        mean_of_seeds([1.0])

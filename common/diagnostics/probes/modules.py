@@ -18,7 +18,7 @@ from common.diagnostics.probes.models import change, inputs, logits_of
 from common.diagnostics.sources import MarkovSource
 
 
-def _trained(module: nn.Module, batches: Callable[[int], Tensor], steps: int, rate: float) -> list[float]:
+def losses_of_a_copy(module: nn.Module, batches: Callable[[int], Tensor], steps: int, rate: float) -> list[float]:
     """Losses in nats of a copy of the module, trained on rows (B, T + 1): its own loop trusts no trainer."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def overfit_one_batch(untrained: nn.Module, vocab_size: int, *, steps: int = 150
     texts = MarkovSource().texts(4, 17, seed=3)
     rows = torch.tensor([[ord(c) - ord("a") for c in text] for text in texts]) % vocab_size
     return Reading(
-        _trained(untrained, lambda _: rows, steps, 1e-2)[-1], limit, f"nats after {steps} steps on one batch"
+        losses_of_a_copy(untrained, lambda _: rows, steps, 1e-2)[-1], limit, f"nats after {steps} steps on one batch"
     )
 
 
@@ -65,7 +65,7 @@ def entropy_floor(untrained: nn.Module, vocab_size: int, *, steps: int = 100, ma
     floor = source.entropy_rate * math.log(2)
     texts = source.texts(16 * steps, 33, seed=5)
     ids = torch.tensor([[ord(c) - ord("a") for c in text] for text in texts]) % vocab_size
-    losses = _trained(untrained, lambda step: ids[16 * step : 16 * step + 16], steps, 1e-2)
+    losses = losses_of_a_copy(untrained, lambda step: ids[16 * step : 16 * step + 16], steps, 1e-2)
     return Reading(floor - float(np.mean(losses[-10:])), margin, f"nats below the entropy rate, {floor:.3f}")
 
 
