@@ -38,13 +38,17 @@ TINY = ModelConfig(
 def specimen(config: ModelConfig) -> dict[str, Any]:
     return {
         **handles_of(Transformer(config), untrained=True),
-        "memory": 2,
+        "memory": 8 if config.window is None else config.layers * (config.window - 1),
         "attend": lambda q, k, v: attention.attend(q, k, v),
     }
 
 
 def healthy() -> Specimen:
     return specimen(TINY)
+
+
+def multi_head() -> Specimen:
+    return specimen(TINY.but(key_value_heads=None))
 
 
 def with_window() -> Specimen:
@@ -214,6 +218,18 @@ class HeadsByView(attention.Attention):
         k, v = (y.view(batch, config.groups, length, config.d_head) for y in (k, v))
         mixed = scene.attend(q, k, v, scale=None, dropout=0.0)
         return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class HeadsByViewTwice(attention.Attention):
+    """The same view on the way in and on the way out: nothing leaks, and a token sees little more than its neighbour."""
+
+    def forward(self, x: Tensor, scene: attention.Scene | None = None) -> Tensor:
+        batch, length, _ = x.shape
+        config = self.config
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        q = q.view(batch, config.heads, length, config.d_head)
+        k, v = (y.view(batch, config.groups, length, config.d_head) for y in (k, v))
+        return self.output(scene.attend(q, k, v, scale=None, dropout=0.0).reshape(batch, length, -1))
 
 
 class RowsMixed(attention.Attention):
@@ -456,6 +472,19 @@ FAILURES = [
         healthy=healthy,
         probe="future-perturbation",
         blind_spots=LEARNS,
+    ),
+    Entry(
+        id="attention/heads-by-view-twice",
+        title="Heads are cut by a view, and joined by one",
+        story="The same slip on both sides. Each head is a stretch of time, so nothing leaks from the future, and "
+        "nothing arrives from far in the past either.",
+        source="this month's notebook, section on broadcasting",
+        symptom="it trains like a model with a short context, because it is one",
+        fix="Ask whether the past arrives, not only whether the future stays out.",
+        broken=lambda: with_attention(HeadsByViewTwice, multi_head),
+        healthy=multi_head,
+        probe="past-matters",
+        blind_spots=("future-perturbation", "cross-row", *LEARNS),
     ),
     Entry(
         id="attention/rows-mixed",

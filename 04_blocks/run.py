@@ -7,13 +7,14 @@ from common.foundation.evidence import claim, number
 from common.foundation.files import sha256_bytes
 from common.foundation.parallel import each
 from common.foundation.plots import bars, curves, grid, save
-from common.foundation.run import Run, announce, script
+from common.foundation.run import Run, script
 from common.foundation.statistics import Interval, mean_of_seeds
 from common.model.config import PRESETS, ModelConfig
 from common.model.cost import flops_per_token, kv_bytes_per_token
 from common.training import depth
 
 INPUTS = ("shakespeare",)
+PAIR, RATES = ("pre-norm", "post-norm"), (1e-2, 3e-2)  # compared over seeds
 STREAMS = {
     "pre-norm": {},
     "post-norm": {"norm_placement": "post"},
@@ -38,7 +39,7 @@ class Config:
 
 SIZES = {
     "tiny": {"steps": 3, "seeds": 2, "knob_steps": 2},
-    "small": {"steps": 130, "seeds": 3, "knob_steps": 40},
+    "small": {"steps": 130, "seeds": 3, "knob_steps": 50},
     "medium": {"steps": 2000, "seeds": 3, "knob_steps": 500},
     "large": {"steps": 2000, "seeds": 5, "knob_steps": 500},
 }
@@ -48,43 +49,40 @@ def main(config: Config) -> None:
     with Run("04_blocks", config, inputs=INPUTS) as run:
         text = depth.Bytes.of_plays()
         figures, rows = stream_study(run, config, text)
-        edges, figure = knob_study(run, config, text)
+        edges, turn, figure = knob_study(run, config, text)
         figures.append(figure)
-        parts = part_study(run, config, text)
-        base = parts["as it is"]
-        figure = bars(
-            parts, title="One part replaced, equal arithmetic", xlabel="bits per byte", highlight=("as it is",)
-        )
-        caption = f"{config.seeds} seeds; intervals over seeds. Short trainings: they say what helps at the start."
+        each_seed = part_study(run, config, text)
+        diverged = {name: sum(map(math.isinf, values)) for name, values in each_seed.items()}
+        parts = {name: mean_of_seeds(values) for name, values in each_seed.items() if not diverged[name]}
+        axes = {"title": "One part replaced, equal arithmetic", "xlabel": "bits per byte"}
+        figure = bars(parts, **axes, highlight=("as it is",))
+        caption = f"{config.seeds} seeds; intervals over seeds. Short trainings: what helps at the start."
         figures.append(save(figure, run.path("parts.png"), caption=caption))
-        rows += [number(f"{name}: highest rate that trains", edge, "rate") for name, edge in edges.items()]
+        rows += [number(f"{name}: highest rate that learns", edge, "rate", "one seed") for name, edge in edges.items()]
+        rows += [number(f"post-norm minus pre-norm at rate {rate:g}", value, "nats") for rate, value in turn.items()]
         for name, value in parts.items():
-            apart = value.low > base.high or value.high < base.low
-            rows.append(
-                number(f"part, {name}", value, "bits per byte", "" if apart else "within the noise of the base")
-            )
+            paired = mean_of_seeds([a - b for a, b in zip(each_seed[name], each_seed["as it is"], strict=True)])
+            note = f"{paired.mean:+.3f} [{paired.low:+.3f}, {paired.high:+.3f}] to the base, seed by seed"
+            rows.append(number(f"part, {name}", value, "bits per byte", "the base" if name == "as it is" else note))
+        rows += [number(f"part, {name}: diverged", count, "seeds") for name, count in diverged.items() if count]
         for name in PRESETS:
             shape = ModelConfig.preset(name)
             cost = flops_per_token(shape, 1024) / 1e9
-            rows.append(
-                number(f"{name}: cache", kv_bytes_per_token(shape, 2), "bytes per token", f"{cost:.3g} GFLOP a token")
-            )
-        run.identify(
-            tokenizer="bytes",
-            model={"steps": config.steps, "seeds": config.seeds},
-            measurement={"held_out": sha256_bytes(text.held_out.tobytes())},
-        )
+            size = kv_bytes_per_token(shape, 2)
+            rows.append(number(f"{name}: cache", size, "bytes per token", f"{cost:.3g} GFLOP a token"))
+        measured, trained = sha256_bytes(text.held_out.tobytes()), {"steps": config.steps, "seeds": config.seeds}
+        run.identify(tokenizer="bytes", model=trained, measurement={"held_out": measured})
         said = []
         if config.size != "tiny":  # that trains for two steps, and claims nothing
             cost = {"bytes for each seed": config.steps * 512}
             said = [
-                claim("Without residual paths a block learns nothing that counts", base, parts["no residual"],
+                claim("Three blocks need their residual paths", parts["as it is"], parts["no residual"],
                       better="lower", unit="bits per byte", cost=cost),
-                claim("Norms before each branch allow a higher learning rate than none", edges["pre-norm"],
-                      edges["no norm"], unit="rate", cost={"steps": config.knob_steps}),
+                claim("Post-norm against pre-norm: what wins at one learning rate loses at another", turn[RATES[1]],
+                      turn[RATES[0]], unit="nats apart", cost={"steps": config.knob_steps, "seeds": config.seeds}),
             ]  # fmt: skip
-        run.finish({"title": "Transformer blocks: paths, norms, knobs", "claims": said, "numbers": rows,
-                    "figures": figures, "samples": []})  # fmt: skip
+        title = "Transformer blocks: paths, norms, knobs"
+        run.finish({"title": title, "claims": said, "numbers": rows, "figures": figures, "samples": []})
 
 
 def stream_study(run: Run, config: Config, text: depth.Bytes) -> tuple[list[dict], list[dict]]:
@@ -103,38 +101,38 @@ def stream_study(run: Run, config: Config, text: depth.Bytes) -> tuple[list[dict
         title = f"Size of the {what} by depth, before training"
         figure = curves(places, lines, title=title, xlabel="blocks passed", ylabel="log10")
         figures.append(save(figure, run.path(f"{file}.png"), caption="One batch of text, no training."))
-    announce("  signal and gradient by depth")
     return figures, rows
 
 
-def knob_study(run: Run, config: Config, text: depth.Bytes) -> tuple[dict[str, float], dict]:
-    """(highest learning rate at which each variant still learns, the grid as a figure)."""
-    jobs = [
-        {"knob": knob, "text": text, "steps": config.knob_steps, "learning_rate": rate}
-        for knob in depth.KNOBS
-        for rate in config.rates
-    ]
+def knob_study(run: Run, config: Config, text: depth.Bytes) -> tuple[dict[str, float], dict[float, Interval], dict]:
+    """(highest rate at which each variant still learns, post-norm minus pre-norm at two rates, the grid as a figure)."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    asked = [(knob, rate, config.seed) for knob in depth.KNOBS for rate in config.rates]
+    asked += [(knob, rate, seed) for knob in PAIR for rate in RATES for seed in seeds[1:]]
+    fixed = {"text": text, "steps": config.knob_steps}
+    jobs = [{"knob": knob, "learning_rate": rate, "seed": seed, **fixed} for knob, rate, seed in asked]
     losses = each(depth.loss_at_rate, jobs, label="knobs")
     run.spend(trained=len(jobs) * config.knob_steps * 512)
     limit, edges, table = depth.unigram_nats(text) - 0.1, {}, {}
-    for job, loss in zip(jobs, losses, strict=True):
-        run.log(knob=job["knob"], rate=job["learning_rate"], loss=loss if math.isfinite(loss) else None)
-        table.setdefault(job["knob"], []).append(loss)
-        if loss < limit:
-            edges[job["knob"]] = max(job["learning_rate"], edges.get(job["knob"], 0.0))
+    for (knob, rate, seed), loss in zip(asked, losses, strict=True):
+        run.log(knob=knob, rate=rate, seed=seed, loss=loss if math.isfinite(loss) else None)
+        if seed == config.seed:
+            table.setdefault(knob, []).append(loss)
+            edges[knob] = max(edges.get(knob, 0.0), rate if loss < limit else 0.0)
+    found = dict(zip(asked, losses, strict=True))
+    turn = {r: mean_of_seeds([found[PAIR[1], r, s] - found[PAIR[0], r, s] for s in seeds]) for r in RATES}
     title = f"Loss after {config.knob_steps} steps, {depth.DEEP.layers} blocks"
     figure = grid(table, [f"{rate:g}" for rate in config.rates], title=title, xlabel="learning rate", limit=limit)
-    return {knob: edges.get(knob, 0.0) for knob in depth.KNOBS}, save(
-        figure, run.path("knobs.png"), caption="No clipping."
+    caption = (
+        "Crossed out: little better than byte frequencies, too slow on the left or broken on the right. No clipping."
     )
+    return edges, turn, save(figure, run.path("knobs.png"), caption=caption)
 
 
-def part_study(run: Run, config: Config, text: depth.Bytes) -> dict[str, Interval]:
-    jobs = [
-        {"name": name, "text": text, "steps": config.steps, "seed": seed}
-        for name in depth.PARTS
-        for seed in range(config.seeds)
-    ]
+def part_study(run: Run, config: Config, text: depth.Bytes) -> dict[str, list[float]]:
+    """Bits per byte of each seed, with each part replaced."""
+    fixed, seeds = {"text": text, "steps": config.steps}, range(config.seed, config.seed + config.seeds)
+    jobs = [{"name": name, "seed": seed, **fixed} for name in depth.PARTS for seed in seeds]
     values = each(depth.ablation, jobs, label="parts")
     run.spend(
         trained=sum(depth.equal_steps(depth.BASE.but(**depth.PARTS[job["name"]]), config.steps) * 512 for job in jobs)
@@ -143,7 +141,7 @@ def part_study(run: Run, config: Config, text: depth.Bytes) -> dict[str, Interva
     for job, value in zip(jobs, values, strict=True):
         run.log(part=job["name"], seed=job["seed"], bits_per_byte=value)
         found.setdefault(job["name"], []).append(value)
-    return {name: mean_of_seeds(values) for name, values in found.items()}
+    return found
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ has one order: results do not depend on how many cores there are.
 
 import functools
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -44,10 +45,17 @@ def each(
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Kept until the end: a worker takes seconds to import torch."""
     with _environment(QUIET):
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+        pool = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
+        )
         for one in [pool.submit(time.sleep, 0.05) for _ in range(workers)]:  # start all of them in this environment
             one.result()
     return pool
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process of a terminal; one of them should speak."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _call(work: Callable[..., Result], job: Mapping[str, Any]) -> Result:

@@ -14,6 +14,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from common.foundation.statistics import Interval
 
@@ -69,7 +70,10 @@ def curves(
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if all(float(value).is_integer() for value in x):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    if len(lines) > 4:  # many labels cover the lines: beside the plot instead
+        figure.legend(loc="outside right center", fontsize=9)
+    else:
+        axes.legend()
     return figure
 
 
@@ -159,7 +163,7 @@ def numbers(figure: Figure) -> list[str]:
                 f"{label}: n={len(y)}, first {y[0]:.3f}, last {y[-1]:.3f}, min {y.min():.3f}, max {y.max():.3f}"
             )
         names = [tick.get_text() for tick in axes.get_yticklabels()]
-        widths = [patch.get_width() for patch in axes.patches]
+        widths = [patch.get_width() for patch in axes.patches if isinstance(patch, Rectangle)]
         if widths and len(widths) == len(names):
             found += [f"{name}: {width:.3f}" for name, width in zip(names, widths, strict=True)]
         for image in axes.get_images():

@@ -30,6 +30,7 @@ class Cache:
         config: of the model.
         batch: B.
         capacity: places for tokens, padding included.
+        dtype: what is kept; a narrower one than the model's saves memory and loses digits.
     Attributes:
         length: places in use.
     """
@@ -46,12 +47,13 @@ class Cache:
         if batch < 1 or capacity < 1:
             raise ValueError(f"a cache needs at least one row and one place, got {batch=}, {capacity=}")
         self.config, self.batch, self.capacity, self.length = config, batch, capacity, 0
-        self.layers = [
-            tuple(torch.zeros(batch, n, capacity, w, dtype=dtype, device=device) for n, w in cache_shapes(config))
-            for _ in range(config.layers)
-        ]
-        self.pad_mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
-        self.document_ids = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # so that it may be made in one mode and used in the other
+            self.layers = [
+                tuple(torch.zeros(batch, n, capacity, w, dtype=dtype, device=device) for n, w in cache_shapes(config))
+                for _ in range(config.layers)
+            ]
+            self.pad_mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+            self.document_ids = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
         self.has_pads = self.has_documents = False
 
     def begin(self, shape: tuple[int, int], document_ids: Tensor | None, pad_mask: Tensor | None) -> None:
@@ -66,11 +68,18 @@ class Cache:
                 "Make it larger, or truncate it."
             )
         new = slice(self.length, end)
-        last = self.document_ids[:, self.length - 1 : self.length] if self.length else 0
-        self.document_ids[:, new] = last if document_ids is None else document_ids
+        self.document_ids[:, new] = self._last_document() if document_ids is None else document_ids
         self.pad_mask[:, new] = False if pad_mask is None else pad_mask
         self.has_documents |= document_ids is not None
         self.has_pads |= pad_mask is not None and bool(pad_mask.any())
+
+    def _last_document(self) -> Tensor | int:
+        """The document of the last real token of each row, (B, 1): what tokens without ids continue."""
+        if not self.length:
+            return 0
+        place = torch.arange(self.length, device=self.pad_mask.device)
+        last = torch.where(self.pad_mask[:, : self.length], -1, place).amax(dim=1, keepdim=True).clamp(min=0)
+        return self.document_ids.gather(1, last)
 
     def seen(self, count: int) -> tuple[Tensor | None, Tensor | None]:
         """(document ids, pad mask) of everything including the announced tokens; None where there is nothing to obey."""
@@ -87,7 +96,7 @@ class Cache:
         end = self.length + first.shape[2]
         for store, new in zip(self.layers[layer], (first, second), strict=True):
             store[:, :, self.length : end] = new
-        return self.layers[layer][0][:, :, :end], self.layers[layer][1][:, :, :end]
+        return tuple(store[:, :, :end].to(first.dtype) for store in self.layers[layer])  # as wide as the queries again
 
     def advance(self, count: int) -> None:
         """The announced tokens are in every layer: they count from now on. Called once a forward pass, not once a layer."""

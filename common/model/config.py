@@ -99,6 +99,16 @@ class ModelConfig:
             raise ValueError(
                 f"width {self.width} is not a multiple of heads {self.heads}: change one, or set head_width"
             )
+        for name in (
+            "key_value_heads",
+            "head_width",
+            "hidden_width",
+            "latent_width",
+            "rope_head_width",
+            "value_head_width",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (or None), got {getattr(self, name)}")
         if self.heads % self.groups:
             raise ValueError(f"heads {self.heads} is not a multiple of key_value_heads {self.groups}")
         if self.window is not None and self.window < 1:
@@ -107,6 +117,8 @@ class ModelConfig:
             raise ValueError(f"rotary positions turn pairs of coordinates: {self.rotary_width} of them is odd")
         if self.rope_scaling == "none" and self.rope_factor != 1:
             raise ValueError(f"rope_factor {self.rope_factor} does nothing without rope_scaling")
+        if self.rope_factor <= 0 or self.rope_base <= 1:
+            raise ValueError(f"need rope_factor > 0 and rope_base > 1, got {self.rope_factor} and {self.rope_base}")
         if self.attention == "latent":
             if None in (self.latent_width, self.rope_head_width, self.value_head_width):
                 raise ValueError("latent attention needs latent_width, rope_head_width and value_head_width")

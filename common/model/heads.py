@@ -23,12 +23,13 @@ def induction_score(weights: Float[Tensor, "B H T T"], ids: Int[Tensor, "B T"]) 
 
     Averaged over the queries whose token has occurred before: 1 for a head that only looks where to continue.
     """
-    followed = torch.zeros(
-        *ids.shape, ids.shape[1], dtype=torch.bool
-    )  # (B, T, S): was the token before s the one at t?
+    # (B, T, S): was the token before s the one at t?
+    followed = torch.zeros(*ids.shape, ids.shape[1], dtype=torch.bool, device=ids.device)
     followed[:, :, 1:] = ids[:, :, None] == ids[:, None, :-1]
     followed &= torch.ones_like(followed[0]).tril()
     asked = followed.any(dim=-1)  # (B, T)
+    if not asked.any():
+        raise ValueError("no token occurs twice: there is nothing to look up, so no induction to score")
     mass = (weights * followed[:, None]).sum(dim=-1)  # (B, H, T)
     return mass.transpose(0, 1)[:, asked].mean(dim=1)
 
@@ -36,7 +37,12 @@ def induction_score(weights: Float[Tensor, "B H T T"], ids: Int[Tensor, "B T"]) 
 @contextmanager
 def without_heads(model: Transformer, heads: Sequence[tuple[int, int]]) -> Iterator[Transformer]:
     """The model with these (layer, head) contributing nothing: their part of the mix is zero before the output matrix."""
-    hooks = []
+    hooks, shape = [], model.config
+    for layer, head in heads:
+        if not (0 <= layer < shape.layers and 0 <= head < shape.heads):
+            raise ValueError(
+                f"there is no head {head} in layer {layer}: {shape.layers} layers of {shape.heads} heads, from 0"
+            )
     try:
         for layer, head in heads:
             output = model.blocks[layer].attention.output

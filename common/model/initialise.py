@@ -18,7 +18,7 @@ from torch import nn
 
 from common.foundation.files import sha256_json
 
-BRANCH_ENDS = ("output.weight", "down.weight", "mlp.down")
+BRANCH_ENDS = ("attention.output.weight", "mlp.down.weight", "mlp.down")
 
 
 @torch.no_grad()

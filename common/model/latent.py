@@ -45,7 +45,9 @@ class LatentAttention(nn.Module):
         config, scene = self.config, scene or Scene()
         batch, length, _ = x.shape
         q = self.query(self.query_norm(self.query_down(x)) if config.query_latent_width else x)
-        q = q.view(batch, length, config.heads, -1).transpose(1, 2)  # (B, H, T, D + P)
+        q = q.view(batch, length, config.heads, config.d_head + config.rope_head_width).transpose(
+            1, 2
+        )  # (B, H, T, D + P)
         q_plain, q_turned = q.split([config.d_head, config.rope_head_width], dim=-1)
         latent, k_turned = self.down(x).split([config.latent_width, config.rope_head_width], dim=-1)
         latent, k_turned = self.latent_norm(latent)[:, None], k_turned[:, None]  # (B, 1, T, R), (B, 1, T, P)
@@ -61,7 +63,9 @@ class LatentAttention(nn.Module):
 
     def _expanded(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, scene: Scene) -> Tensor:
         config = self.config
-        made = self.up(latent[:, 0]).unflatten(-1, (config.heads, -1)).transpose(1, 2)  # (B, H, S, D + E)
+        made = (
+            self.up(latent[:, 0]).unflatten(-1, (config.heads, config.d_head + config.value_head_width)).transpose(1, 2)
+        )  # (B, H, S, D + E)
         k_plain, v = made.split([config.d_head, config.value_head_width], dim=-1)
         q = torch.cat([q_plain, q_turned], dim=-1)
         k = torch.cat([k_plain, k_turned.expand(-1, config.heads, -1, -1)], dim=-1)

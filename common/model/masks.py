@@ -21,6 +21,25 @@ def causal_mask(queries: int, keys: int | None = None, *, device: torch.device |
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def document_starts(
+    document_ids: Int[Tensor, "B S"], pad_mask: Bool[Tensor, "B S"] | None = None
+) -> Bool[Tensor, "B S"]:
+    """True at the first real token of each document: its id is not that of the real token before it.
+
+    What ids padding carries does not matter. An id that comes back after another one is a new document.
+
+    >>> document_starts(torch.tensor([[1, 1, 9, 1, 2]]), torch.tensor([[0, 0, 1, 0, 0]]).bool()).int().tolist()
+    [[1, 0, 0, 0, 1]]
+    """
+    place = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    real = torch.ones_like(document_ids, dtype=torch.bool) if pad_mask is None else ~pad_mask
+    here = torch.where(real, place, -1)
+    before = torch.full_like(here, -1)
+    before[:, 1:] = here.cummax(1).values[:, :-1]  # place of the last real token before this one
+    previous = document_ids.gather(1, before.clamp(min=0))
+    return real & ((before < 0) | (document_ids != previous))
+
+
 def attention_mask(
     document_ids: Int[Tensor, "B S"] | None = None,
     *,
@@ -48,7 +67,8 @@ def attention_mask(
     mask = causal_mask(queries, keys, device=given[0].device)[None]
     late = slice(keys - queries, None)  # not -queries: that would be everything for none
     if document_ids is not None:
-        mask = mask & (document_ids[:, late, None] == document_ids[:, None, :])
+        number = document_starts(document_ids, pad_mask).cumsum(1)
+        mask = mask & (number[:, late, None] == number[:, None, :])
     if pad_mask is not None:
         mask = mask & ~pad_mask[:, None, :] & ~pad_mask[:, late, None]
     if window is not None:
@@ -73,7 +93,5 @@ def positions_of(
     count = real.cumsum(1)  # real tokens up to and including here
     before = torch.zeros_like(count)
     if document_ids is not None:
-        fresh = torch.ones_like(document_ids, dtype=torch.bool)
-        fresh[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        before = torch.where(fresh, count - real, 0).cummax(1).values
+        before = torch.where(document_starts(document_ids, pad_mask), count - real, 0).cummax(1).values
     return (count - before - 1).clamp(min=0)

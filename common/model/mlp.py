@@ -99,4 +99,4 @@ class MixtureOfExperts(nn.Module):
             real = ~pad_mask.flatten()
             probabilities, expert = probabilities[real], expert[real]
         load = torch.bincount(expert.flatten(), minlength=self.count).float() / max(expert.numel(), 1)
-        return Routing(load, self.count * (load * probabilities.mean(dim=0)).sum())
+        return Routing(load, self.count * (load * probabilities.sum(dim=0) / max(len(probabilities), 1)).sum())

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from common.model.initialise import initialise
+from common.model.masks import document_starts
 from common.model.output import Output
 
 
@@ -54,7 +55,7 @@ class RecurrentLayer(nn.Module):
                 torch.where(skip[:, t, None], state, after) if skips else after
             )  # not the other way round (gallery: blocks/frozen-state)
             made.append(state[0])
-        return torch.stack(made, dim=1)
+        return torch.stack(made, dim=1) if made else x
 
 
 class Recurrent(nn.Module):
@@ -100,9 +101,9 @@ class Recurrent(nn.Module):
     ) -> Output:
         fresh, skip = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
         if document_ids is not None:
-            fresh[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+            fresh = document_starts(document_ids, pad_mask)
         if pad_mask is not None:
-            skip, fresh = pad_mask, fresh & ~pad_mask
+            skip = pad_mask
         x = self.embedding(ids)
         for layer in self.layers:
             x = layer(x, fresh, skip)

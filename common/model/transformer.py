@@ -115,11 +115,12 @@ class Transformer(nn.Module):
         Args:
             ids, embeds: one of the two; `embeds` come in place of the token embeddings.
             cache: the T tokens continue those in the cache, and join them.
-            positions: by default they count real tokens, from 0 in each document, after those in the cache.
+            positions: by default they count real tokens, from 0 in each document, after those in the cache. Own ones are for
+                learned, sinusoidal and rotary positions without a window; masks go by place in any case.
             document_ids: a token sees only its own document.
             pad_mask: True at padding, on either side: nothing sees it, and what is computed there means nothing.
             want: "hidden" puts the stream into `Output.hidden`: embeddings, then the output of each block, the last one
-                normed. "attention" puts the weights, one (B, H, T, S) for each layer, into `aux`.
+                normed. "attention" puts the weights, one (B, H, T, S) for each layer, into `aux`, without dropout on them.
         Returns:
             `aux` has "penalty" (what training adds to the loss), and with experts "load" (layers, experts) and "balance".
         Raises:
@@ -132,7 +133,15 @@ class Transformer(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, the tokens {(batch, length)}")
         if set(want) - set(WANTS):
             raise ValueError(f"want={sorted(want)}: there is {', '.join(WANTS)}")
+        if positions is not None and (self.config.window is not None or self.config.positions == "alibi"):
+            raise ValueError(
+                "windows and ALiBi count positions themselves, also those in a cache: leave `positions` out"
+            )
+        if positions is not None and positions.numel() and int(positions.min()) < 0:
+            raise ValueError(f"positions start at 0, got {int(positions.min())}")
         if cache is not None:
+            if cache.config != self.config:
+                raise ValueError("this cache was made for another config: take model.new_cache(...)")
             cache.begin((batch, length), document_ids, pad_mask)
         scene, places = self._scene(x, cache, positions, document_ids, pad_mask, "attention" in want)
         x = self._add_positions(x, places)
@@ -187,34 +196,34 @@ class Transformer(nn.Module):
         total = length if cache is None else cache.length + length  # S
         structured = document_ids is not None or pad_mask is not None
         counted = positions_of(document_ids, pad_mask) if structured else torch.arange(total, device=x.device)[None]
-        places = counted[:, total - length :] if positions is None else positions  # (B or 1, T)
+        counted_on = counted[:, total - length :]
+        places = counted_on if positions is None else positions  # (B or 1, T)
         scene = Scene(cache=cache, weights=[] if keep_weights else None)
         if structured or config.window is not None:
             scene.mask = attention_mask(
                 document_ids, pad_mask=pad_mask, positions=counted, window=config.window, queries=length
             )[:, None]
         if config.positions == "alibi":
-            scene.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted[:, total - length :], counted)
+            scene.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted_on, counted)
         if config.positions == "rope":
             # (B or 1, 1, T, D), so that it broadcasts over heads
-            scene.rotation = tuple(part[:, None] for part in self._angles(places))
+            scene.rotation = tuple(part[:, None] for part in self._angles(places, straight=places is counted_on))
         return scene, places
 
-    def _angles(self, places: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
-        """cos and sin at these positions, looked up in a table that grows."""
+    def _angles(self, places: Int[Tensor, "B T"], *, straight: bool) -> tuple[Tensor, Tensor]:
+        """cos and sin at these positions, looked up in a table that grows. `straight`: nobody chose them."""
         table = self._rotation
         most = int(places.max()) + 1 if places.numel() else 1
         if table is None or len(table[0]) < most or table[0].device != places.device:
             frequencies, factor = rope_frequencies(self.config)
-            size = max(most, min(self.context_length, 4096))
+            size = max(most, min(self.context_length, 4096), 0 if table is None else 2 * len(table[0]))
             with torch.inference_mode(False):  # a table made while sampling must serve training, too
                 every = torch.arange(size, device=places.device)
                 angles = rope_angles(every, frequencies.to(places.device), factor)
                 table = self._rotation = wide(*angles, self.config.rope_layout)
-        if len(places) == 1:  # the common case: a slice, no copy
-            first, count = int(places[0, 0]) if places.numel() else 0, places.shape[1]
-            if count == 0 or int(places[0, -1]) - first == count - 1:
-                return tuple(part[first : first + count][None] for part in table)
+        first, count = int(places[0, 0]) if places.numel() else 0, places.shape[1]
+        if straight and len(places) == 1 and int(places[:, -1:].sum()) == first + max(count - 1, 0):
+            return tuple(part[first : first + count][None] for part in table)  # the common case: no copy
         return tuple(part[places] for part in table)
 
     def _add_positions(self, x: Tensor, places: Tensor) -> Tensor:
@@ -237,8 +246,8 @@ class Transformer(nn.Module):
             aux["penalty"] = self.config.balance_loss * aux["balance"]
         if self.config.z_loss and self.training:
             z = logits.float().logsumexp(dim=-1).square()  # PaLM, section 5: keeps logits from drifting
-            z = z.mean() if pad_mask is None else z[~pad_mask].mean()
-            aux["penalty"] = aux["penalty"] + self.config.z_loss * z
+            z = z.flatten() if pad_mask is None else z[~pad_mask]
+            aux["penalty"] = aux["penalty"] + self.config.z_loss * z.sum() / max(len(z), 1)
         return aux
 
     def new_cache(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:

@@ -49,12 +49,26 @@ GPT2 = {
     "head.weight": "lm_head.weight",
 }
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+USUAL = {  # what changes the function and has no field in ours; ours has no dropout on weights
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "attention_dropout": 0.0,
+    "router_jitter_noise": 0.0,
+}
+ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    "beta_fast", "beta_slow", "partial_rotary_factor",
+}  # fmt: skip
 SCALINGS = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
 
 
 def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
     """Our config of a Hugging Face `config.json`. Raises ValueError for what our model cannot do, naming the field."""
     kind = theirs.get("model_type")
+    for name, usual in USUAL.items():
+        if theirs.get(name, usual) != usual:
+            raise ValueError(f"{name}={theirs[name]!r}: only {usual!r} is supported")
     if kind == "gpt2":
         if theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
             raise ValueError(f"n_inner={theirs['n_inner']}: only the usual 4 * n_embd is supported")
@@ -76,10 +90,19 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"model_type {kind!r} is unknown; there are gpt2, llama, qwen3, mistral, mixtral")
     if theirs.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={theirs['hidden_act']!r}: these families use silu")
-    window = theirs.get("sliding_window")
-    if kind == "qwen3" and window and "sliding_attention" in (theirs.get("layer_types") or []):
-        raise ValueError("layer_types mixes windows with full attention; one window for all layers is supported")
-    rope = theirs.get("rope_parameters") or {**(theirs.get("rope_scaling") or {}), "rope_theta": theirs["rope_theta"]}
+    window = theirs.get(
+        "sliding_window", 4096 if kind == "mistral" else None
+    )  # what transformers takes where it is missing
+    if kind == "qwen3" and (
+        theirs.get("use_sliding_window") or "sliding_attention" in (theirs.get("layer_types") or [])
+    ):
+        raise ValueError("use_sliding_window: Qwen3 with windows in some layers is not supported")
+    rope = theirs.get("rope_parameters") or {
+        **(theirs.get("rope_scaling") or {}), "rope_theta": theirs.get("rope_theta", 10_000.0)
+    }  # fmt: skip
+    strange = {key for key, value in rope.items() if key not in ROPE_KEYS and value is not None}
+    if strange or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rope parameters {sorted(strange or ['partial_rotary_factor'])} are not supported")
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling not in SCALINGS:
         raise ValueError(f"rope_type {scaling!r} is unknown; there are {', '.join(SCALINGS)}")
@@ -169,11 +192,14 @@ def _our_shape(name: str, tensor: Tensor, gpt2: bool) -> Tensor:
 
 
 def from_transformers(module: torch.nn.Module) -> Transformer:
-    """A copy of a transformers model (GPT-2, Llama, Qwen3, Mistral, Mixtral) as ours, in the same format and mode."""
+    """A copy of a transformers model (GPT-2, Llama, Qwen3, Mistral, Mixtral) as ours: same format, device and mode.
+
+    Its dropout is zero whatever their config says.
+    """
     config = config_from_hf(module.config.to_dict())
     made = Transformer(config).to(module.dtype)
     found = tensors_from_hf(module.state_dict(), config)
     if config.tied:
         found["head.weight"] = found["embedding.weight"]
     made.load_state_dict(found)
-    return made.train(module.training)
+    return made.to(next(module.parameters()).device).train(module.training)

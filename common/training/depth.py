@@ -133,10 +133,12 @@ KNOBS = {
 DEEP = BASE.but(layers=10, width=48)
 
 
-def loss_at_rate(knob: str, text: Bytes, steps: int, learning_rate: float) -> float:
+def loss_at_rate(knob: str, text: Bytes, steps: int, learning_rate: float, seed: int = 0) -> float:
     """Mean loss of the last tenth of a short training without clipping, in nats; infinite where it diverged."""
     config = DEEP.but(**KNOBS[knob])
-    _, run = train(config, text, steps, learning_rate=learning_rate, clip=None, label=f"{knob}, rate {learning_rate:g}")
+    _, run = train(
+        config, text, steps, seed=seed, learning_rate=learning_rate, clip=None, label=f"{knob}, rate {learning_rate:g}"
+    )
     last = run.losses[-max(1, steps // 10) :]
     return math.inf if run.diverged_at is not None else sum(last) / len(last)
 

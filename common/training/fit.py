@@ -78,10 +78,3 @@ def fit(
 def _several(document_ids: torch.Tensor) -> torch.Tensor | None:
     """None where every row is one document: then no mask is needed beyond the causal one."""
     return document_ids if (document_ids != document_ids[:, :1]).any() else None
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    """(share of the targets that count which are the most probable token, how many count)."""
-    right = model(batch.inputs, document_ids=_several(batch.document_ids)).logits.argmax(-1) == batch.targets
-    return float(right[batch.loss_mask].double().mean()), int(batch.loss_mask.sum())

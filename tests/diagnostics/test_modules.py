@@ -100,6 +100,48 @@ def test_probes_see_what_they_are_for():
     assert modules.parameters_move.examine(handles_of(frozen))[0].caught
 
 
+NAN = float("nan")
+
+
+def nan_from(model, column):
+    """A model whose logits are NaN from a column on."""
+
+    def spoiled(ids, *_):
+        logits = model(ids).logits.clone()
+        logits[:, column:] = NAN
+        return logits
+
+    return spoiled
+
+
+def test_nan_is_never_lost_on_the_way_to_a_reading():
+    model = Transformer(ModelConfig(vocab_size=40, layers=2, width=16, heads=2, init="fan_in")).eval()
+    healthy = handles_of(model, untrained=True)
+    maps = lambda ids: [torch.eye(10).expand(4, 1, 10, 10), torch.full((4, 1, 10, 10), NAN)]  # noqa: E731
+    states = [("a", torch.full((2, 3), NAN)), ("b", torch.ones(2, 3))]
+
+    def spoiled_step(batch):
+        step = healthy["open_cache"](batch)
+        return lambda ids: step(ids) * (NAN if ids.shape[1] == 1 else 1.0)
+
+    for probe, handles in (
+        (modules.attend_parity, {"attend": lambda q, k, v: q * NAN}),
+        (modules.cached_equals_uncached, {"open_cache": spoiled_step}),
+        (modules.padding_invariance, {"padded": nan_from(model, 5)}),
+        (modules.documents_apart, {"packed": nan_from(model, 5)}),
+        (modules.rows_sum_to_one, {"attention_maps": maps}),
+        (modules.mass_on_the_future, {"attention_maps": maps}),
+        (modules.rotation, {"rotate_at": lambda x, p: x * (NAN if p > 256 else 1.0)}),
+        (modules.layer_parity, {"hidden": lambda ids: states, "reference_hidden": lambda ids: states[1:] * 2}),
+    ):
+        assert probe.examine({**healthy, **handles})[0].caught, probe.name
+
+
+def test_an_error_before_the_cache_is_full_is_not_taken_for_the_right_one():
+    reading = modules.cache_overflow.examine({"bounded_cache": lambda n: lambda ids: 1 / 0, "vocab_size": 9})[0]
+    assert reading.caught
+
+
 def test_the_floor_is_not_crossed_by_a_model_that_reads_the_past_only():
     model = Transformer(ModelConfig(vocab_size=31, layers=1, width=16, heads=2, init="fan_in"))
     assert not modules.entropy_floor.examine({"untrained": model, "vocab_size": 31})[0].caught

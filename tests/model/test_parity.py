@@ -258,5 +258,20 @@ def test_configs_that_our_model_cannot_be_are_refused_by_field():
     for field, value in (("model_type", "bert"), ("hidden_act", "gelu")):
         with pytest.raises(ValueError, match=field):
             config_from_hf({**llama, field: value})
+    gpt2 = FAMILIES["gpt2"]().to_dict()
+    for field, value in (("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True), ("n_inner", 7)):
+        with pytest.raises(ValueError, match=field):
+            config_from_hf({**gpt2, field: value})
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    for key in ("attention_factor", "mscale", "truncate"):
+        with pytest.raises(ValueError, match=key):
+            config_from_hf({**llama, "rope_parameters": {**yarn, key: 0.5}})
+    with pytest.raises(ValueError, match="use_sliding_window"):
+        config_from_hf({**llama, "model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8})
+    old = {key: value for key, value in llama.items() if key != "rope_parameters"}
+    assert config_from_hf(old).rope_base == 10_000.0
+    assert (
+        config_from_hf({**llama, "model_type": "mistral"}).window == 4096
+    )  # what transformers takes where it is missing
     with pytest.raises(ValueError, match="rope_type 'longrope'"):
         config_from_hf({**llama, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1.0}})

@@ -225,8 +225,8 @@ def test_the_numbers_in_the_readmes_are_those_of_a_run(tmp_path, monkeypatch):
     for path in marked_readmes():
         text = path.read_text(encoding="utf-8")
         for there, here in zip(text.splitlines(), rendered(text, "small").splitlines(), strict=True):
-            trains = (
-                (path.parent.name[:2] >= "03" and path.parent.name[:1].isdigit()) or re.match(r"\| \[(0[3-9]|1)", there)
+            trains = (path.parent.name[:2] >= "03" and path.parent.name[:1].isdigit()) or re.match(
+                r"\| \[(0[3-9]|1)", there
             )
             same = there == here or (trains and close_enough(there, here))
             assert same, f"{path}: not current; python -m common report --readme\n{there}\n{here}"

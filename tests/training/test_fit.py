@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from common.data.synthetic import previous
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.training import depth, studies
-from common.training.fit import accuracy, fit
+from common.training.fit import fit
 
 TINY = ModelConfig(vocab_size=16, context_length=16, layers=1, width=16, heads=2, init="fan_in", tied=False)
 
@@ -62,14 +63,28 @@ def test_the_penalty_of_a_model_is_trained():
     assert uneven[1] < uneven[0]
 
 
-def test_watching_sees_every_step_and_accuracy_counts():
+def test_watching_sees_every_step_in_training_mode_and_the_end_is_evaluation():
     seen = []
-    model = Transformer(TINY)
-    fit(model, batch_at, 3, watch=seen.append)
-    assert seen == [0, 1, 2, 3]
-    share, count = accuracy(model, batch_at(0))
-    assert 0 <= share <= 1
-    assert count == 4 * 11
+    model = Transformer(TINY).eval()
+    fit(model, batch_at, 3, watch=lambda step: seen.append((step, model.training)))
+    assert seen == [(0, True), (1, True), (2, True), (3, True)]
+    assert not model.training
+
+
+def test_documents_of_a_batch_are_kept_apart():
+    batch = batch_at(0)
+    packed = batch._replace(document_ids=(torch.arange(12) // 5).expand(4, 12))
+    losses = [fit(Transformer(TINY), lambda _, b=b: b, 1).losses[0] for b in (batch, packed)]
+    assert losses[0] != losses[1]
+    expected = Transformer(TINY)(packed.inputs, document_ids=packed.document_ids).logits
+    by_hand = F.cross_entropy(expected[packed.loss_mask], packed.targets[packed.loss_mask])
+    assert losses[1] == pytest.approx(float(by_hand.detach()), rel=1e-5)
+
+
+def test_held_out_windows_come_from_other_text():
+    text = depth.Bytes(np.zeros(500, dtype=np.uint8), np.ones(500, dtype=np.uint8))
+    assert text.batch(0).inputs.unique().tolist() == [0]
+    assert text.batch(0, held_out=True).inputs.unique().tolist() == [1]
 
 
 def test_a_layer_with_rotary_positions_learns_order_and_one_without_does_not():
