@@ -34,12 +34,12 @@ class Config:
     steps: int | None = None  # of each ablation, in steps of the base
     seeds: int | None = None
     knob_steps: int | None = None
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 SIZES = {
     "tiny": {"steps": 3, "seeds": 2, "knob_steps": 2},
-    "small": {"steps": 130, "seeds": 3, "knob_steps": 50},
+    "small": {"steps": 110, "seeds": 3, "knob_steps": 50},
     "medium": {"steps": 2000, "seeds": 3, "knob_steps": 500},
     "large": {"steps": 2000, "seeds": 5, "knob_steps": 500},
 }

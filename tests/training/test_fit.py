@@ -1,5 +1,6 @@
 """The smallest loop against torch written out, and the studies that use it."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_watching_sees_every_step_in_training_mode_and_the_end_is_evaluation():
 
 def test_documents_of_a_batch_are_kept_apart():
     batch = batch_at(0)
-    packed = batch._replace(document_ids=(torch.arange(12) // 5).expand(4, 12))
+    packed = dataclasses.replace(batch, document_ids=(torch.arange(12) // 5).expand(4, 12))
     losses = [fit(Transformer(TINY), lambda _, b=b: b, 1).losses[0] for b in (batch, packed)]
     assert losses[0] != losses[1]
     expected = Transformer(TINY)(packed.inputs, document_ids=packed.document_ids).logits
