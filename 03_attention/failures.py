@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from common.diagnostics.core import Failure, Specimen
+from common.diagnostics.core import Failure, Specimen, replaced
 from common.diagnostics.handles import handles_of
 from common.model import attention, masks, transformer
 from common.model.attention import attend_naive
@@ -63,10 +63,6 @@ def with_alibi() -> Specimen:
     return specimen(TINY.but(positions="alibi"))
 
 
-def named(states: list[Tensor]) -> list[tuple[str, Tensor]]:
-    return [("embedding", states[0]), *((f"block {i}", state) for i, state in enumerate(states[1:]))]
-
-
 def beside_llama() -> Specimen:
     """The same weights as a transformers Llama, so that layers can be compared."""
     torch.manual_seed(0)
@@ -78,19 +74,11 @@ def beside_llama() -> Specimen:
     ours = from_transformers(theirs)
     return {
         **handles_of(ours),
-        "hidden": lambda ids: named(ours(ids, want=["hidden"]).hidden),
-        "reference_hidden": lambda ids: named(list(theirs(ids, output_hidden_states=True).hidden_states)),
+        "reference_hidden": handles_of(theirs)["hidden"],
     }
 
 
 # --- the bugs: attention ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replaced(what: Any, name: str, by: Any, make: Callable[[], Specimen] = healthy) -> Iterator[Specimen]:
-    """The specimen while `what.name` is something else. Both forms of attention are replaced where `name` is "attend"."""
-    with patch.object(what, name, by):
-        yield make()
 
 
 def attending(by: Callable[..., tuple[Tensor, Tensor]], make: Callable[[], Specimen] = healthy) -> Iterator[Specimen]:
@@ -132,14 +120,13 @@ def chunk_unmasked() -> Iterator[Specimen]:
 
 
 def leak_by_one() -> Iterator[Specimen]:
-    def wrong(queries: int, keys: int | None = None, *, device: Any = None) -> Tensor:
-        keys = queries if keys is None else keys
-        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries + 1)
+    def wrong(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor]:
+        if mask is None:
+            queries, keys = q.shape[2], k.shape[2]
+            mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries + 1)  # without the + 1 it is right
+        return attend_naive(q, k, v, mask=mask, **more)
 
-    def attends(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor]:
-        return attend_naive(q, k, v, mask=wrong(q.shape[2], k.shape[2]) if mask is None else mask, **more)
-
-    return attending(attends)
+    return attending(wrong)
 
 
 def masked_after_softmax() -> Iterator[Specimen]:
@@ -262,7 +249,7 @@ def nan_in_padding() -> Iterator[Specimen]:
     def not_at_the_embedding(tensor: Tensor, mask: Tensor, value: float) -> Tensor:
         return tensor if value == 0.0 and mask.shape[-1] == 1 and tensor.ndim == 3 else clear(tensor, mask, value)
 
-    return replaced(Tensor, "masked_fill", not_at_the_embedding)
+    return replaced(Tensor, "masked_fill", not_at_the_embedding, healthy)
 
 
 def positions_count_padding() -> Iterator[Specimen]:
@@ -279,7 +266,7 @@ def documents_ignored() -> Iterator[Specimen]:
     def wrong(document_ids: Tensor | None = None, *, positions: Tensor, **more: Any) -> Tensor:
         return right(None, positions=positions, **more)
 
-    return replaced(transformer, "attention_mask", wrong)
+    return replaced(transformer, "attention_mask", wrong, healthy)
 
 
 def cache_not_reset() -> Specimen:
@@ -316,7 +303,7 @@ def overflow_overwrites() -> Iterator[Specimen]:
             self.pad_mask, self.document_ids = F.pad(self.pad_mask, (0, room)), F.pad(self.document_ids, (0, room))
         right(self, shape, *more)
 
-    return replaced(Cache, "begin", wrong)
+    return replaced(Cache, "begin", wrong, healthy)
 
 
 def window_ignored_when_decoding() -> Iterator[Specimen]:

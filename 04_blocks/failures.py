@@ -6,19 +6,17 @@ right one: only a reference can tell them apart.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from common.diagnostics.core import Failure, Specimen
+from common.diagnostics.core import Failure, Specimen, replaced
 from common.diagnostics.handles import handles_of
-from common.model import mlp, norms, recurrent, transformer
+from common.model import attention, mlp, norms, recurrent, transformer
 from common.model.config import ModelConfig
 from common.model.initialise import initialise
 from common.model.positions import rope_frequencies, wide
@@ -60,21 +58,11 @@ def reference(family: str) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
 
 
-def named(states: list[Tensor]) -> list[tuple[str, Tensor]]:
-    return [("embedding", states[0]), *((f"block {i}", state) for i, state in enumerate(states[1:]))]
-
-
 def rotate_at(x: Tensor, position: int) -> Tensor:
     """With whatever `turn` and `rope_angles` the model has at this moment."""
     config = ModelConfig(vocab_size=9, width=x.shape[-1], heads=1)
     angles = transformer.rope_angles(torch.tensor([position]), rope_frequencies(config)[0])
-    return transformer_turn()(x, *wide(*angles, "half"), "half")
-
-
-def transformer_turn() -> Callable[..., Tensor]:
-    from common.model import attention
-
-    return attention.turn
+    return attention.turn(x, *wide(*angles, "half"), "half")
 
 
 def beside(family: str, change: Callable[[Transformer], None] | None = None) -> Specimen:
@@ -86,8 +74,7 @@ def beside(family: str, change: Callable[[Transformer], None] | None = None) -> 
     return {
         **handles_of(ours),
         "memory": 2,
-        "hidden": lambda ids: named(ours(ids, want=["hidden"]).hidden),
-        "reference_hidden": lambda ids: named(list(theirs(ids, output_hidden_states=True).hidden_states)),
+        "reference_hidden": handles_of(theirs)["hidden"],
         "rotate_at": rotate_at,
         "expected_parameters": theirs.num_parameters(),
         "load_weights": lambda tensors: loaded(ours.config, tensors),
@@ -130,27 +117,18 @@ def lstm() -> Specimen:
 # --- the bugs ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def replaced(what: Any, name: str, by: Any, make: Callable[[], Specimen] = healthy) -> Iterator[Specimen]:
-    with patch.object(what, name, by):
-        yield make()
-
-
 def cos_and_sin_swapped() -> Iterator[Specimen]:
-    from common.model import attention
-
-    return replaced(attention, "turn", lambda x, cos, sin, layout: right_turn(x, sin, cos, layout))
+    return replaced(attention, "turn", lambda x, cos, sin, layout: right_turn(x, sin, cos, layout), healthy)
 
 
 def other_layout() -> Iterator[Specimen]:
     """The weights are for pairs (i, i + D/2), the code turns (2i, 2i + 1)."""
-    from common.model import attention
 
     def wrong(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         half = x.shape[-1] // 2
         return right_turn(x, *wide(cos[..., :half], sin[..., half:], "interleaved"), "interleaved")
 
-    return replaced(attention, "turn", wrong)
+    return replaced(attention, "turn", wrong, healthy)
 
 
 def tables_in_bf16() -> Iterator[Specimen]:
@@ -158,14 +136,14 @@ def tables_in_bf16() -> Iterator[Specimen]:
         angles = positions[..., None].bfloat16() * frequencies.bfloat16()
         return angles.cos().float(), angles.sin().float()
 
-    return replaced(transformer, "rope_angles", wrong)
+    return replaced(transformer, "rope_angles", wrong, healthy)
 
 
 def default_base() -> Iterator[Specimen]:
     def wrong(config: ModelConfig) -> tuple[Tensor, float]:
         return rope_frequencies(config.but(rope_base=10_000.0))
 
-    return replaced(transformer, "rope_frequencies", wrong)
+    return replaced(transformer, "rope_frequencies", wrong, healthy)
 
 
 def exact_gelu() -> Iterator[Specimen]:
@@ -188,7 +166,7 @@ def normed_residual() -> Iterator[Specimen]:
         x = self.mlp_norm(x)
         return x + self.mlp(x), None
 
-    return replaced(transformer.Block, "forward", wrong)
+    return replaced(transformer.Block, "forward", wrong, healthy)
 
 
 def residual_forgotten() -> Specimen:

@@ -10,10 +10,11 @@ see a wrong shift.
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 Specimen = Mapping[str, Any]  # handle name -> callable or value
 
@@ -158,6 +159,13 @@ class Failure:
     def __post_init__(self) -> None:
         if (self.probe is None) != bool(self.survives):
             raise ValueError(f"failure {self.id}: name a probe, or say in `survives` why none catches it; not both")
+
+
+@contextmanager
+def replaced(what: Any, name: str, by: Any, make: Callable[[], Specimen]) -> Iterator[Specimen]:
+    """A specimen while `what.name` is something else: most bugs are one function of `common`, replaced."""
+    with patch.object(what, name, by):
+        yield make()
 
 
 def opened(made: Specimen | AbstractContextManager[Specimen]) -> AbstractContextManager[Specimen]:

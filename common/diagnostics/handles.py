@@ -53,6 +53,8 @@ def handles_of(module: nn.Module, *, untrained: bool = False) -> dict[str, Any]:
         made["stream"] = lambda ids: _stream_of_theirs(module, ids)
         if getattr(config, "_attn_implementation", None) == "eager":
             made["attention_maps"] = lambda ids: module(ids, output_attentions=True).attentions
+    if "stream" in made:
+        made["hidden"] = lambda ids: _named(made["stream"](ids)[1])
     return made
 
 
@@ -77,6 +79,10 @@ def _theirs(module: nn.Module) -> Callable[[Tensor], Tensor]:
         return out.logits
 
     return step
+
+
+def _named(states: list[Tensor]) -> list[tuple[str, Tensor]]:
+    return [("embedding", states[0]), *((f"block {i}", state) for i, state in enumerate(states[1:]))]
 
 
 def _restarting(documents: Tensor) -> Tensor:

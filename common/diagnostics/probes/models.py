@@ -11,8 +11,12 @@ from common.diagnostics.core import Reading, probe
 def logits_of(model: Callable[[Tensor], object], ids: Tensor) -> Tensor:
     """Accepts a bare tensor, or an output object with `.logits` (ours, and Hugging Face's)."""
     with torch.no_grad():
-        out = model(ids)
-    return (out if isinstance(out, Tensor) else out.logits).double()
+        return bare(model(ids)).double()
+
+
+def bare(out: object) -> Tensor:
+    """The logits in what a model returned."""
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def inputs(ids: Tensor | None, vocab_size: int, rows: int = 4, length: int = 16) -> tuple[Tensor, Tensor]:

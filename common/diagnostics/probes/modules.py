@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.diagnostics.core import Reading, probe
-from common.diagnostics.probes.models import change, inputs, logits_of
+from common.diagnostics.probes.models import bare, change, inputs, logits_of
 from common.diagnostics.sources import MarkovSource
 
 
@@ -27,8 +27,7 @@ def losses_of_a_copy(module: nn.Module, batches: Callable[[int], Tensor], steps:
         losses = []
         for step in range(steps):
             rows = batches(step)
-            out = twin(rows[:, :-1])
-            logits = out if isinstance(out, Tensor) else out.logits
+            logits = bare(twin(rows[:, :-1]))
             loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
             optimizer.zero_grad()
             loss.backward()
@@ -74,8 +73,7 @@ def parameters_move(module: nn.Module, vocab_size: int) -> Reading:
     """Parameters that are not finite, or that a loss gives no gradient. Frozen ones (requires_grad off) do not count."""
     twin = copy.deepcopy(module).train()
     rows, _ = inputs(None, vocab_size, length=17)
-    out = twin(rows[:, :-1])
-    logits = out if isinstance(out, Tensor) else out.logits
+    logits = bare(twin(rows[:, :-1]))
     F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
     still = [
         name
@@ -141,7 +139,7 @@ def _moved(found: Tensor, expected: Tensor) -> float:
 
 
 def _raw(out: object) -> Tensor:
-    return (out if isinstance(out, Tensor) else out.logits).detach().double()
+    return bare(out).detach().double()
 
 
 @probe("poisoned-padding", "does NaN in padding stay there?")
