@@ -1,0 +1,69 @@
+"""Learning rates over a training, as a function of the step alone, and the test that finds the highest one that holds.
+
+A factor of the top rate, from the first update (step 0) to the last (steps - 1). The first one is above zero: a warm-up
+that starts at 0 spends its first batch on nothing (gallery: pretraining/zero-warmup).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+def cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+    """A linear rise over `warmup` updates, then half a cosine from 1 down to `floor`.
+
+    >>> [round(cosine(step, 10, 2), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.55, 0.13]
+    """
+    warmup = max(1, warmup)
+    rise, fall = min(1.0, (step + 1) / warmup), max(0.0, (step - warmup) / max(1, steps - warmup))
+    half = (1 - floor) / 2
+    return rise * (floor + half + half * math.cos(math.pi * fall))
+
+
+def warmup_stable_decay(step: int, steps: int, warmup: int, floor: float = 0.0, decay: float = 0.3) -> float:
+    """A linear rise, a plateau, and a linear fall over the last `decay` of all steps (Hu et al. 2024, "MiniCPM").
+
+    The plateau does not depend on `steps`: a training can be prolonged from there, and decided on later.
+
+    >>> [round(warmup_stable_decay(step, 10, 2), 2) for step in (0, 1, 6, 7, 9)]
+    [0.5, 1.0, 1.0, 0.75, 0.25]
+    """
+    begin = steps - max(1, round(decay * steps))
+    rise = min(1.0, (step + 1) / max(1, warmup))
+    if step < begin:
+        return rise
+    left = (steps - step) / (steps - begin + 1)
+    return min(rise, floor + (1 - floor) * left)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which shape, and its numbers. `schedule(step)` is the factor of update `step`, counted in updates, not micro-batches.
+
+    Attributes:
+        steps: updates in all.
+        warmup: updates of rise.
+        floor: factor at the end.
+    """
+
+    steps: int
+    warmup: int = 0
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    floor: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        if self.kind == "cosine":
+            return cosine(step, self.steps, self.warmup, self.floor)
+        if self.kind == "wsd":
+            return warmup_stable_decay(step, self.steps, self.warmup, self.floor)
+        return min(1.0, (step + 1) / max(1, self.warmup))
+
+
+def range_test_rates(low: float, high: float, steps: int) -> list[float]:
+    """Rates from `low` to `high`, each a constant factor above the last: one training step each (Smith 2015).
+
+    >>> [round(rate, 4) for rate in range_test_rates(0.001, 0.1, 3)]
+    [0.001, 0.01, 0.1]
+    """
+    return [low * (high / low) ** (i / max(1, steps - 1)) for i in range(steps)]
