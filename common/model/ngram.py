@@ -63,6 +63,8 @@ class NGram(nn.Module):
     *distinct* context in the batch and level, and gathers.
     """
 
+    bounded = True
+
     def __init__(self, vocab_size: int, levels: Sequence[dict[str, Tensor]]) -> None:
         super().__init__()
         if not levels:

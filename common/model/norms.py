@@ -41,5 +41,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
         if self.kind == "layer":
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+            normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        else:
+            normed = F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        if torch.is_autocast_enabled(
+            x.device.type
+        ):  # once, here: autocast would do it again for each product that follows
+            normed = normed.to(torch.get_autocast_dtype(x.device.type))
+        return normed

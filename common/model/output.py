@@ -20,10 +20,14 @@ class LanguageModel(Protocol):
     Attributes:
         vocab_size: V.
         context_length: how many tokens back an output can depend on; a longer input is allowed where the model says so.
+        bounded: True where an output never depends on more than the last `context_length` tokens, however long the input
+            is (n-grams): longer inputs are safe. False where it may (a transformer, a recurrent network): show it at most
+            `context_length` tokens at once. A model without the attribute counts as bounded.
     """
 
     vocab_size: int
     context_length: int
+    bounded: bool
 
     def __call__(
         self,
@@ -34,3 +38,8 @@ class LanguageModel(Protocol):
     ) -> Output:
         """`document_ids`: a token sees only its own document. `pad_mask`: True at padding, which nothing sees."""
         ...
+
+
+def is_bounded(model: LanguageModel) -> bool:
+    """`model.bounded`, True where it is missing."""
+    return getattr(model, "bounded", True)

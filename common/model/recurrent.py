@@ -69,6 +69,8 @@ class Recurrent(nn.Module):
             a quarter (Jozefowicz et al. 2015).
     """
 
+    bounded = False
+
     def __init__(
         self,
         kind: Literal["rnn", "lstm"],

@@ -82,6 +82,8 @@ class Transformer(nn.Module):
         seed: of the initial weights, which depend on nothing else.
     """
 
+    bounded = False
+
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
@@ -108,7 +110,9 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "B T"] | None = None,
         document_ids: Int[Tensor, "B T"] | None = None,
         pad_mask: Bool[Tensor, "B T"] | None = None,
+        prefix: Int[Tensor, "B"] | None = None,
         want: Collection[str] = (),
+        head: bool = True,
     ) -> Output:
         """Logits of the next token at each position, (B, T, V).
 
@@ -119,8 +123,12 @@ class Transformer(nn.Module):
                 learned, sinusoidal and rotary positions without a window; masks go by place in any case.
             document_ids: a token sees only its own document.
             pad_mask: True at padding, on either side: nothing sees it, and what is computed there means nothing.
-            want: "hidden" puts the stream into `Output.hidden`: embeddings, then the output of each block, the last one
-                normed. "attention" puts the weights, one (B, H, T, S) for each layer, into `aux`, without dropout on them.
+            prefix: so many places at the beginning of each row see each other in both directions; the length of the row makes
+                an encoder. Not with a cache.
+            want: "hidden" puts the stream into `Output.hidden`: embeddings, then the output of each block, the last
+                one normed. "attention" puts the weights, one (B, H, T, S) for each layer, into `aux`, without dropout on them.
+            head: False leaves the logits out, and `hidden` holds the normed stream alone: for a loss that applies the head
+                itself, piece by piece (training/loss.py).
         Returns:
             `aux` has "penalty" (what training adds to the loss), and with experts "load" (layers, experts) and "balance".
         Raises:
@@ -142,8 +150,12 @@ class Transformer(nn.Module):
         if cache is not None:
             if cache.config != self.config:
                 raise ValueError("this cache was made for another config: take model.new_cache(...)")
+            if prefix is not None:
+                raise ValueError("a prefix that sees itself must come in one pass, without a cache")
             cache.begin((batch, length), document_ids, pad_mask)
-        scene, places = self._scene(x, cache, positions, document_ids, pad_mask, "attention" in want)
+        if prefix is not None and document_ids is None:
+            document_ids = torch.zeros((batch, length), dtype=torch.int64, device=x.device)
+        scene, places = self._scene(x, cache, positions, document_ids, pad_mask, prefix, "attention" in want)
         x = self._add_positions(x, places)
         if pad_mask is not None:
             x = x.masked_fill(pad_mask[..., None], 0.0)  # whatever stood there: 0 * NaN is NaN
@@ -156,6 +168,10 @@ class Transformer(nn.Module):
             routings.append(routing)
         if self.final_norm is not None:
             x = hidden[-1] = self.final_norm(x)
+        if not head:
+            if self.config.z_loss and self.training:
+                raise ValueError("z_loss needs the logits: train with head=True, or without z_loss")
+            return Output(None, hidden if "hidden" in want else [x], self._aux(x, routings, pad_mask))
         logits = self.head(x)
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
@@ -187,6 +203,7 @@ class Transformer(nn.Module):
         positions: Tensor | None,
         document_ids: Tensor | None,
         pad_mask: Tensor | None,
+        prefix: Tensor | None,
         keep_weights: bool,
     ) -> tuple[Scene, Tensor]:
         """(what the layers share, positions of the T tokens). One rule for all cases: build it for all S, use the last T."""
@@ -201,7 +218,7 @@ class Transformer(nn.Module):
         scene = Scene(cache=cache, weights=[] if keep_weights else None)
         if structured or config.window is not None:
             scene.mask = attention_mask(
-                document_ids, pad_mask=pad_mask, positions=counted, window=config.window, queries=length
+                document_ids, pad_mask=pad_mask, positions=counted, window=config.window, prefix=prefix, queries=length
             )[:, None]
         if config.positions == "alibi":
             scene.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted_on, counted)

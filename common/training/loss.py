@@ -5,8 +5,9 @@ It returns the sum and the count beside the mean, because means of unequal batch
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,6 +40,88 @@ def language_model_loss(
     if loss_mask is None:
         loss_mask = targets.new_ones(targets.shape, dtype=bool)
     total, count = (nats * loss_mask).sum(), loss_mask.sum()
+    return Loss(total, count, total / count.clamp(min=1))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of weighted losses. The gradients are made in the forward pass, chunk by chunk, while its logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int, softcap: float | None
+    ) -> Tensor:
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        matrix, total = head.to(dtype), torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for some in torch.arange(len(hidden), device=hidden.device).split(chunk):
+            rows = slice(int(some[0]), int(some[-1]) + 1)
+            x = hidden[rows].to(dtype)
+            z = (x @ matrix.mT).float()  # (chunk, V)
+            bend = None
+            if softcap:
+                z = z.div_(softcap).tanh_()
+                bend = 1 - z.square()
+                z = z.mul_(softcap)
+            z -= z.amax(dim=1, keepdim=True)
+            chosen = z.gather(1, targets[rows, None])
+            size = z.exp_().sum(dim=1, keepdim=True)
+            total += ((size.log() - chosen).squeeze(1) * weights[rows]).sum()
+            if for_hidden is None and for_head is None:
+                continue
+            # d loss / d z = softmax(z) - onehot(target)
+            slope = (
+                z.div_(size).scatter_add_(1, targets[rows, None], -torch.ones_like(chosen)).mul_(weights[rows, None])
+            )
+            slope = (slope if bend is None else slope * bend).to(dtype)
+            if for_hidden is not None:
+                for_hidden[rows] = slope @ matrix
+            if for_head is not None:
+                for_head += slope.mT @ x
+        ctx.save_for_backward(for_hidden, for_head)
+        ctx.head_dtype = head.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        for_hidden, for_head = ctx.saved_tensors
+        return (
+            None if for_hidden is None else for_hidden * scale,
+            None if for_head is None else (for_head * scale).to(ctx.head_dtype),
+            *[None] * 4,
+        )
+
+
+def chunked_language_model_loss(
+    hidden: Float[Tensor, "B T C"],
+    head: Float[Tensor, "V C"],
+    targets: Int[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"] | None = None,
+    *,
+    chunk: int = 512,
+    softcap: float | None = None,
+) -> Loss:
+    """`language_model_loss` of the logits `hidden @ head.T`, which are never there as a whole.
+
+    At a vocabulary of 2,048 this is several times faster than the plain form on a CPU, and its memory does not grow with
+    B * T * V. The gradient by `loss_mask` is not defined, and second derivatives are not either.
+
+    Args:
+        hidden: the normed stream, `model(ids, head=False).hidden[-1]`.
+        head: the output matrix, `model.head.weight`.
+        chunk: positions at a time.
+        softcap: the model's `logit_softcap`.
+    """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} disagree: need (B, T, C) and (B, T)"
+        )
+    if loss_mask is None:
+        loss_mask = targets.new_ones(targets.shape, dtype=bool)
+    flat, weights = hidden.flatten(0, 1), loss_mask.flatten().float()
+    total, count = _ChunkedLoss.apply(flat, head, targets.flatten(), weights, chunk, softcap), loss_mask.sum()
     return Loss(total, count, total / count.clamp(min=1))
 
 

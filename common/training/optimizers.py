@@ -197,12 +197,10 @@ class Optimizers:
             group["lr"] = group["top"] * factor
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """"<parameter>/<what>" -> tensor, for safetensors."""
+        """ "<parameter>/<what>" -> tensor, for safetensors."""
         states = {id(p): state for part in self.parts for p, state in part.state.items()}
         return {
-            f"{name}/{key}": tensor
-            for name, p in self.names.items()
-            for key, tensor in states.get(id(p), {}).items()
+            f"{name}/{key}": tensor for name, p in self.names.items() for key, tensor in states.get(id(p), {}).items()
         }
 
     def counters(self) -> list[int]:
@@ -222,7 +220,9 @@ class Optimizers:
             mine = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
             for key, tensor in mine.items():
                 if tensor.shape != p.shape:
-                    raise ValueError(f"{name}: optimizer state {key} has shape {tuple(tensor.shape)}, needs {tuple(p.shape)}")
+                    raise ValueError(
+                        f"{name}: optimizer state {key} has shape {tuple(tensor.shape)}, needs {tuple(p.shape)}"
+                    )
             owners[id(p)].state[p] = mine
         for group, steps in zip(self.groups, counters, strict=True):
             group["steps"] = steps
