@@ -21,12 +21,16 @@ class Problem:
         index: a number of its own, the same in every sample of problems; it seeds the problem's random draws.
         question: the text that is asked.
         answer: the right answer as text.
+        family: the kind of problem, where there are several (common/data/arithmetic.py).
+        numbers: the numbers in the question, in its order, where the family says so.
     """
 
     name: str
     index: int
     question: str
     answer: str
+    family: str = ""
+    numbers: tuple[int, ...] = ()
 
 
 def addition_problems(digits: int, split: str) -> list[Problem]:
@@ -34,7 +38,7 @@ def addition_problems(digits: int, split: str) -> list[Problem]:
 
     >>> problems = addition_problems(1, "test")
     >>> len(problems), problems[0]
-    (10, Problem(name='0+3', index=3, question='0+3=', answer='3'))
+    (10, Problem(name='0+3', index=3, question='0+3=', answer='3', family='', numbers=()))
     """
     if split not in FRACTIONS:
         raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(FRACTIONS)}")

@@ -7,7 +7,8 @@ import torch
 
 from common.data.documents import Document, scoring_batches, tokenize_documents
 from common.foundation.statistics import Interval, mean_ci
-from common.model.output import LanguageModel
+from common.generation.decode import LOGITS_AT_ONCE
+from common.model.output import LanguageModel, is_bounded
 from common.tokenization.protocol import Tokenizer
 from common.training.loss import bits, token_nats
 
@@ -53,9 +54,15 @@ class TextScore:
 def score_documents(
     model: LanguageModel, tokenizer: Tokenizer, documents: Sequence[Document], *, length: int = 4096
 ) -> TextScore:
-    """Score every byte of every document once, each with as much context as the model can use.
+    """Score every byte of every document once.
 
-    Raises ValueError on a document without text.
+    A bounded model (see LanguageModel) sees as much context as it can use. Any other is shown windows of `context_length`
+    tokens, of which a later one counts its second half only: each byte then has at least half a context before it.
+
+    Args:
+        length: tokens in a window; for a bounded model at least twice its context, for any other at most its context.
+    Raises:
+        ValueError: a document without text, or no documents.
     """
     empty = [document.name for document in documents if not document.text]
     if empty or not documents:
@@ -66,7 +73,13 @@ def score_documents(
     nats = torch.zeros(len(documents), dtype=torch.float64)
     count = torch.zeros(len(documents), dtype=torch.int64)
     tokens = torch.zeros(len(documents), dtype=torch.int64)
-    for batch in scoring_batches(sequences, length=max(length, 2 * model.context_length), overlap=model.context_length):
+    if is_bounded(model):
+        length, overlap = max(length, 2 * model.context_length), model.context_length
+    else:
+        length = min(length, model.context_length)
+        overlap = length // 2
+    batch_tokens = min(16_384, LOGITS_AT_ONCE // model.vocab_size)
+    for batch in scoring_batches(sequences, length=length, overlap=overlap, batch_tokens=batch_tokens):
         logits = model(batch.inputs, document_ids=batch.document_ids).logits
         scored = batch.loss_mask & (sizes[batch.targets] > 0)
         owner = batch.document_ids[scored]

@@ -1,19 +1,23 @@
-"""One engine for every model: generate and score, batched.
+"""One engine for every model: generate, stream and score, batched.
 
-This is the smallest honest form: each step runs the model on the last `context_length` tokens of every unfinished row.
-For an n-gram that is all it can see, so nothing is recomputed in vain; a transformer will bring its cache in May,
-behind the same two methods.
+A step shows the model what its rows may see (decode.py: with a cache where the model has one), draws one token for each
+row, and lets the finished ones go. `generate` and `stream` share that loop. Left out on purpose: prompts that arrive while
+others are being answered, and drafts by a smaller model.
 """
 
+import codecs
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from common.generation import decode
+from common.generation.decode import Cached, Row, device_of, padded, recompute
 from common.generation.sampling import SamplingParams, sample, uniform_numbers
-from common.model.output import LanguageModel
+from common.model.output import LanguageModel, is_bounded
 from common.tokenization.protocol import END_OF_TEXT, Tokenizer
 
 
@@ -49,39 +53,36 @@ class TokenScores:
         return float(np.sum(self.logprobs))
 
 
-@dataclass
-class _Row:
-    place: int  # position in the flat list of results
-    prompt: list[int]
-    uniforms: np.ndarray
-    ids: list[int]
-    logprobs: list[float]
-    raw: bytes = b""
-
-
 class Engine:
     """Runs a model on prompts of token ids.
+
+    A model that is not bounded (see LanguageModel) is never shown more than `context_length` tokens; which ones, says
+    decode.context_start.
 
     Args:
         model: see LanguageModel.
         tokenizer: the one that the model was trained with.
         batch_size: rows in one forward pass.
+        cached: False runs each step on everything again, as for a model without a cache: slow, and what the cache is
+            tested against.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, *, batch_size: int = 256) -> None:
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, *, batch_size: int = 256, cached: bool = True
+    ) -> None:
         if model.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"the model scores {model.vocab_size} tokens, the tokenizer makes {tokenizer.vocab_size}: "
                 "they do not belong together"
             )
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.cached = cached and hasattr(model, "new_cache")
         self.end = tokenizer.specials[END_OF_TEXT]
 
     def encode(self, text: str) -> list[int]:
         """The prompt of a text as a document begins: end-of-text, then the text."""
         return [self.end, *self.tokenizer.encode(text)]
 
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, indices: Sequence[int] | None = None
     ) -> list[list[Completion]]:
@@ -95,50 +96,78 @@ class Engine:
         indices = range(len(prompts)) if indices is None else indices
         if len(indices) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many indices, got {len(indices)}")
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {number} is empty: begin it with the end-of-text token (Engine.encode does)")
+        _check_not_empty(prompts)
         rows = [
-            _Row(i * params.n + k, list(prompt), uniform_numbers(params.seed, indices[i], k, params.max_tokens), [], [])
+            _new_row(i * params.n + k, prompt, params, indices[i], k)
             for i, prompt in enumerate(prompts)
             for k in range(params.n)
         ]
         done: list[Completion | None] = [None] * len(rows)
+        rows.sort(key=lambda row: (len(row.tokens), row.tokens))  # little padding, and equal prompts side by side
         for first in range(0, len(rows), self.batch_size):
-            for place, completion in self._run(rows[first : first + self.batch_size], params):
-                done[place] = completion
+            batch, start = rows[first : first + self.batch_size], time.perf_counter()
+            for _ in self._steps(batch, params):
+                pass
+            seconds = (time.perf_counter() - start) / len(batch)
+            for row in batch:
+                done[row.place] = Completion(
+                    ids=row.tokens[row.prompt_tokens :],
+                    text=row.raw.decode("utf-8", errors="replace"),
+                    logprobs=row.logprobs if params.logprobs else None,
+                    finish_reason=row.reason,
+                    prompt_tokens=row.prompt_tokens,
+                    seconds=seconds,
+                )
         return [done[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
 
-    def _run(self, rows: list[_Row], params: SamplingParams) -> Iterator[tuple[int, Completion]]:
-        """Advance all rows token by token; a row leaves the batch when it is finished."""
-        start, count, stops = time.perf_counter(), len(rows), [text.encode("utf-8") for text in params.stop]
-        finished = []
+    def stream(self, prompt: Sequence[int], params: SamplingParams, *, index: int = 0) -> Iterator[str]:
+        """The text of one completion in pieces, each as soon as it is certain. Together they are `generate`'s text.
+
+        Held back: bytes of a character that is not complete, and what may be the beginning of a stop text.
+
+        Args:
+            params: with n = 1.
+            index: the number of the prompt for its random draws, as in `generate`.
+        """
+        if params.n != 1:
+            raise ValueError(f"a stream is one completion, and n is {params.n}: set n=1, or use generate")
+        _check_not_empty([prompt])
+        return self._pieces(_new_row(0, prompt, params, index, 0), params)
+
+    def _pieces(self, row: Row, params: SamplingParams) -> Iterator[str]:
+        stops, sent = [text.encode("utf-8") for text in params.stop], 0
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for _ in self._steps([row], params):
+            certain = len(row.raw) - (0 if row.reason else undecided(row.raw, stops))
+            piece = decoder.decode(row.raw[sent:certain], final=row.reason is not None)
+            sent = certain
+            if piece:
+                yield piece
+
+    @torch.inference_mode()  # torch enters it while this generator runs, and leaves it at each yield
+    def _steps(self, rows: list[Row], params: SamplingParams) -> Iterator[None]:
+        """Advance all rows until each has a reason to have ended. Yields after each token."""
+        stops = [text.encode("utf-8") for text in params.stop]
+        next_logits = Cached(self.model, params.max_tokens) if self.cached else partial(recompute, self.model)
         for step in range(params.max_tokens):
-            logits = self._next_logits([(row.prompt + row.ids)[-self.model.context_length :] for row in rows])  # (B, V)
-            uniforms = torch.from_numpy(np.array([row.uniforms[step] for row in rows])).to(logits.device)
+            logits = next_logits(rows)  # (B, V)
+            uniforms = torch.tensor([row.uniforms[step] for row in rows], dtype=torch.float64, device=logits.device)
             tokens = sample(logits, params, uniforms)
-            chosen = [None] * len(rows)
             if params.logprobs:
                 chosen = torch.log_softmax(logits.double(), dim=1).gather(1, tokens[:, None]).squeeze(1).tolist()
-            going = []
-            for row, token, logprob in zip(rows, tokens.tolist(), chosen, strict=True):
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-                reason = self._reason_to_end(row, token, stops)
-                if reason or step + 1 == params.max_tokens:
-                    finished.append((row, reason or "length"))
-                else:
-                    going.append(row)
-            rows = going
+                for row, logprob in zip(rows, chosen, strict=True):
+                    row.logprobs.append(logprob)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                row.tokens.append(token)
+                row.reason = self._reason_to_end(row, token, stops)
+                if row.reason is None and step + 1 == params.max_tokens:
+                    row.reason = "length"
+            yield
+            rows = [row for row in rows if row.reason is None]
             if not rows:
-                break
-        seconds = (time.perf_counter() - start) / count
-        for row, reason in finished:
-            logprobs = row.logprobs if params.logprobs else None
-            text = row.raw.decode("utf-8", errors="replace")
-            yield row.place, Completion(row.ids, text, logprobs, reason, len(row.prompt), seconds)
+                return
 
-    def _reason_to_end(self, row: _Row, token: int, stops: list[bytes]) -> str | None:
+    def _reason_to_end(self, row: Row, token: int, stops: list[bytes]) -> str | None:
         """Why the row ends with this token, or None. Stop texts are looked for in generated bytes only."""
         if token == self.end:
             return "end_of_text"
@@ -151,40 +180,65 @@ class Engine:
         row.raw = row.raw[: min(found)]  # the earliest, whatever the order in which the stop texts were given
         return "stop"
 
-    def _next_logits(self, contexts: list[list[int]]) -> torch.Tensor:
-        """Logits of the token after each context, (B, V). Shorter contexts are padded on the left and masked."""
-        width = max(map(len, contexts))
-        ids = torch.zeros((len(contexts), width), dtype=torch.int64)
-        pad_mask = torch.ones((len(contexts), width), dtype=torch.bool)
-        for row, context in enumerate(contexts):
-            ids[row, width - len(context) :] = torch.tensor(context)
-            pad_mask[row, width - len(context) :] = False
-        return self.model(ids, pad_mask=pad_mask).logits[:, -1]
-
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Log-probability of each token of `continuations[i]` after `prompts[i]`, natural log.
 
-        Raises ValueError where a prompt is empty: the first token of nothing has no probability.
+        Raises:
+            ValueError: a prompt is empty (the first token of nothing has no probability), or a row does not fit into the
+                context of a model that is not bounded.
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: need as many of each")
-        scores: list[TokenScores | None] = [None] * len(prompts)
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(continuations[i]))
-        for first in range(0, len(by_length), self.batch_size):
-            batch = by_length[first : first + self.batch_size]
-            rows = [[*prompts[i], *continuations[i]] for i in batch]
-            width = max(map(len, rows))
-            ids = torch.zeros((len(rows), width), dtype=torch.int64)
-            pad_mask = torch.ones((len(rows), width), dtype=torch.bool)
-            for row, tokens in enumerate(rows):  # padded on the right: a causal model never looks there
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                pad_mask[row, : len(tokens)] = False
-            logprobs = torch.log_softmax(self.model(ids[:, :-1], pad_mask=pad_mask[:, :-1]).logits.double(), dim=-1)
-            chosen = logprobs.gather(2, ids[:, 1:, None]).squeeze(2)  # (B, T - 1)
+        _check_not_empty(prompts)
+        rows = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+        for i, row in enumerate(rows):  # the last token is scored, not shown
+            if not is_bounded(self.model) and len(row) - 1 > self.model.context_length:
+                raise ValueError(
+                    f"prompt {i} and its continuation show the model {len(row) - 1} tokens > context_length "
+                    f"{self.model.context_length}: shorten the prompt from the left, or score a text in windows "
+                    "(common.evaluation.text.score_documents)"
+                )
+        scores = [TokenScores([])] * len(rows)
+        for batch in self._batches([len(row) if len(continuations[i]) else 0 for i, row in enumerate(rows)]):
+            ids, pad_mask = padded([rows[i] for i in batch], left=False, device=device_of(self.model))
+            logits = self.model(ids[:, :-1], pad_mask=pad_mask[:, :-1]).logits  # (B, T - 1, V)
             for row, i in enumerate(batch):
-                start = len(prompts[i])
-                if not start:
-                    raise ValueError(f"prompt {i} is empty: begin it with the end-of-text token (Engine.encode does)")
-                scores[i] = TokenScores(chosen[row, start - 1 : start - 1 + len(continuations[i])].tolist())
+                scored = slice(len(prompts[i]), len(rows[i]))
+                before = slice(scored.start - 1, scored.stop - 1)  # position t scores token t + 1
+                logprobs = torch.log_softmax(logits[row, before].double(), dim=-1)
+                scores[i] = TokenScores(logprobs.gather(1, ids[row, scored, None]).squeeze(1).tolist())
         return scores
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Numbers of the rows that are not empty, by length, in batches whose logits fit into LOGITS_AT_ONCE."""
+        batch: list[int] = []
+        for i in sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__):
+            numbers = (len(batch) + 1) * lengths[i] * self.model.vocab_size  # this row would be the longest
+            if batch and (len(batch) == self.batch_size or numbers > decode.LOGITS_AT_ONCE):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+
+def undecided(raw: bytes, stops: Sequence[bytes]) -> int:
+    """How many of the last bytes may be the beginning of a stop text.
+
+    >>> undecided(b"to be", [b"be or", b"ear"])
+    2
+    """
+    return max((k for stop in stops for k in range(1, len(stop)) if raw.endswith(stop[:k])), default=0)
+
+
+def _new_row(place: int, prompt: Sequence[int], params: SamplingParams, index: int, k: int) -> Row:
+    """Sample k of the prompt with this index."""
+    uniforms = uniform_numbers(params.seed, index, k, params.max_tokens)
+    return Row(place, [int(token) for token in prompt], len(prompt), uniforms)
+
+
+def _check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: begin it with the end-of-text token (Engine.encode does)")

@@ -27,6 +27,13 @@ def rms_norm(x: Float[Tensor, "... C"], weight: Tensor, epsilon: float) -> Float
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + epsilon) * weight).to(x.dtype)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The format in which `torch.autocast` computes products of this tensor now; None outside of it."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 class Norm(nn.Module):
     """Either norm, over the last dimension, by torch's fused kernel: equal to the formula, several times faster.
 
@@ -44,8 +51,5 @@ class Norm(nn.Module):
             normed = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
         else:
             normed = F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
-        if torch.is_autocast_enabled(
-            x.device.type
-        ):  # once, here: autocast would do it again for each product that follows
-            normed = normed.to(torch.get_autocast_dtype(x.device.type))
-        return normed
+        narrow = autocast_dtype(x)  # once, here: autocast would cast again for each product that follows
+        return normed if narrow is None else normed.to(narrow)

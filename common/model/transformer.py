@@ -123,10 +123,10 @@ class Transformer(nn.Module):
                 learned, sinusoidal and rotary positions without a window; masks go by place in any case.
             document_ids: a token sees only its own document.
             pad_mask: True at padding, on either side: nothing sees it, and what is computed there means nothing.
-            prefix: so many places at the beginning of each row see each other in both directions; the length of the row makes
-                an encoder. Not with a cache.
+            prefix: so many places at the beginning of each row see each other in both directions; all of them make an
+                encoder. Not with a cache.
             want: "hidden" puts the stream into `Output.hidden`: embeddings, then the output of each block, the last
-                one normed. "attention" puts the weights, one (B, H, T, S) for each layer, into `aux`, without dropout on them.
+                one normed. "attention" puts the weights into `aux`, one (B, H, T, S) for each layer, before dropout.
             head: False leaves the logits out, and `hidden` holds the normed stream alone: for a loss that applies the head
                 itself, piece by piece (training/loss.py).
         Returns:
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
             cache.begin((batch, length), document_ids, pad_mask)
         if prefix is not None and document_ids is None:
             document_ids = torch.zeros((batch, length), dtype=torch.int64, device=x.device)
-        scene, places = self._scene(x, cache, positions, document_ids, pad_mask, prefix, "attention" in want)
+        scene, places = self._scene(x, cache, positions, document_ids, pad_mask, "attention" in want, prefix)
         x = self._add_positions(x, places)
         if pad_mask is not None:
             x = x.masked_fill(pad_mask[..., None], 0.0)  # whatever stood there: 0 * NaN is NaN
@@ -203,8 +203,8 @@ class Transformer(nn.Module):
         positions: Tensor | None,
         document_ids: Tensor | None,
         pad_mask: Tensor | None,
-        prefix: Tensor | None,
         keep_weights: bool,
+        prefix: Tensor | None = None,
     ) -> tuple[Scene, Tensor]:
         """(what the layers share, positions of the T tokens). One rule for all cases: build it for all S, use the last T."""
         config, (_batch, length, _) = self.config, x.shape

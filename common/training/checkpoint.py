@@ -3,28 +3,88 @@
     <folder>/model.safetensors      the tensors
     <folder>/checkpoint.json        what kind of model, which tokenizer, the hash of the tensors; written last
 
-January saves count models; May adds optimizer, schedule and loader state. Nothing is ever unpickled.
+This is a model to use. A training in progress is more than its model: see snapshots.py. Nothing is ever unpickled.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 from common.foundation.files import atomic_path, read_json, sha256_bytes, sha256_file, write_json
+from common.model.config import ModelConfig
 from common.model.ngram import PARTS, NGram
+from common.model.recurrent import Recurrent
+from common.model.transformer import Transformer
 from common.tokenization.protocol import Tokenizer
 
 
-def save_checkpoint(folder: str | Path, model: NGram, tokenizer: Tokenizer) -> Path:
-    """Write the model, atomically: a folder without a matching checkpoint.json is not a checkpoint."""
+def describe_model(model: Any) -> dict[str, Any]:
+    """What makes a model of this kind and shape, as plain values. `build_model` is the way back."""
+    if isinstance(model, NGram):
+        return {"kind": "ngram", "order": model.order, "vocab_size": model.vocab_size}
+    if isinstance(model, Transformer):
+        return {"kind": "transformer", "config": dataclasses.asdict(model.config)}
+    if isinstance(model, Recurrent):
+        shape = {"cell": model.kind, "width": model.width, "layers": len(model.layers)}
+        return {"kind": "recurrent", "vocab_size": model.vocab_size, **shape}
+    raise ValueError(f"a {type(model).__name__} cannot be saved: there are NGram, Transformer, Recurrent")
+
+
+def build_model(described: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Any:
+    """A model of that description with these tensors, or ValueError that says what differs."""
+    kind = described["kind"]
+    if kind == "ngram":
+        levels = [{name: tensors[f"level{k}_{name}"] for name in PARTS} for k in range(described["order"])]
+        return NGram(described["vocab_size"], levels)
+    if kind == "transformer":
+        model = Transformer(ModelConfig(**described["config"]))
+    elif kind == "recurrent":
+        model = Recurrent(described["cell"], described["vocab_size"], described["width"], described["layers"])
+    else:
+        raise ValueError(f"{where} holds a model of kind {kind!r}; there are ngram, transformer, recurrent")
+    load_tensors(model, tensors, where)
+    return model.eval()
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Fill every parameter, strictly. Raises ValueError before anything is changed."""
+    mine = dict(model.named_parameters())
+    missing, unexpected = sorted(set(mine) - set(tensors)), sorted(set(tensors) - set(mine))
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)} in the file and {tuple(p.shape)} in the model"
+        for name, p in mine.items()
+        if name in tensors and tensors[name].shape != p.shape
+    ]
+    if missing or unexpected or shapes:  # gallery: pretraining/compiled-names
+        said = [f"{len(names)} {what}, such as {names[0]}" for what, names in
+                (("missing from the file", missing), ("unknown to the model", unexpected)) if names]  # fmt: skip
+        raise ValueError(f"{where} does not fit this model: {'; '.join(said + shapes[:3])}")
+    for name, p in mine.items():
+        p.copy_(tensors[name])
+
+
+def save_checkpoint(
+    folder: str | Path, model: Any, tokenizer: Tokenizer, *, tensors: dict[str, Tensor] | None = None
+) -> Path:
+    """Write the model, atomically: a folder without a matching checkpoint.json is not a checkpoint.
+
+    Args:
+        tensors: its parameters by name, if they are not in `model` as they should be saved (gathered from shards).
+    """
     folder = Path(folder)
+    if tensors is None:
+        named = model.state_dict() if isinstance(model, NGram) else dict(model.named_parameters())  # tied ones once
+        tensors = {name: t.detach() for name, t in named.items()}
     with atomic_path(folder / "model.safetensors") as temporary:
-        safetensors.torch.save_file({name: t.contiguous() for name, t in model.state_dict().items()}, temporary)
+        safetensors.torch.save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
     described = {
         "format": 1,
-        "model": {"kind": "ngram", "order": model.order, "vocab_size": model.vocab_size},
+        "model": describe_model(model),
         "tokenizer": tokenizer.fingerprint,
         "sha256": sha256_file(folder / "model.safetensors"),
     }
@@ -32,15 +92,21 @@ def save_checkpoint(folder: str | Path, model: NGram, tokenizer: Tokenizer) -> P
     return folder
 
 
-def load_checkpoint(folder: str | Path, tokenizer: Tokenizer) -> NGram:
+def load_checkpoint(folder: str | Path, tokenizer: Tokenizer) -> Any:
     """Read a model back, or refuse.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: truncated or altered tensors, an unknown kind of model, or a tokenizer other than the model's.
-            The message says both sides.
+        ValueError: truncated or altered tensors, an unknown kind of model, names or shapes that differ, or a tokenizer other
+            than the model's. The message says both sides.
     """
     folder = Path(folder)
+    described, tensors = read_checkpoint(folder, tokenizer)
+    return build_model(described, tensors, str(folder))
+
+
+def read_checkpoint(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description of the model, tensors), checked against the tokenizer and against their hash."""
     for name in ("checkpoint.json", "model.safetensors"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
@@ -56,12 +122,8 @@ def load_checkpoint(folder: str | Path, tokenizer: Tokenizer) -> NGram:
             f"{folder / 'model.safetensors'} has sha256 {found[:12]}…, checkpoint.json says "
             f"{described['sha256'][:12]}…: the file was cut off or altered. Make it again."
         )
-    kind = described["model"]["kind"]
-    if kind != "ngram":
-        raise ValueError(f"{folder} holds a model of kind {kind!r}; this version can load 'ngram'")
     tensors = safetensors.torch.load((folder / "model.safetensors").read_bytes())  # not mapped: the file may be moved
-    levels = [{name: tensors[f"level{k}_{name}"] for name in PARTS} for k in range(described["model"]["order"])]
-    return NGram(described["model"]["vocab_size"], levels)
+    return described["model"], tensors
 
 
 def model_fingerprint(model: Any) -> str:

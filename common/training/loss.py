@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from common.model.norms import autocast_dtype
+
 
 class Loss(NamedTuple):
     """In nats. `mean` is `sum / count`, and zero where nothing counts."""
@@ -50,9 +52,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int, softcap: float | None
     ) -> Tensor:
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        dtype = autocast_dtype(hidden) or hidden.dtype
         matrix, total = head.to(dtype), torch.zeros((), dtype=torch.float32, device=hidden.device)
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None

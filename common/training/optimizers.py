@@ -9,7 +9,7 @@ AdamW equal to torch's fused step and Muon to torch's.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -36,6 +36,8 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "steps": 0})
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("first", "second")}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -47,8 +49,6 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if not self.state[p]:
-                    self.state[p] = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("first", "second")}
                 m, v, g = self.state[p]["first"], self.state[p]["second"], p.grad.float()
                 m.lerp_(g, 1 - b1)  # m = b1 m + (1 - b1) g
                 v.mul_(b2).addcmul_(g, g, value=1 - b2)
@@ -105,6 +105,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.ndim < 2:
                     raise ValueError(f"Muon is for matrices, got a parameter of shape {tuple(p.shape)}: use AdamW")
+                self.state[p] = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -128,8 +129,6 @@ class Muon(torch.optim.Optimizer):
 
     def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
         """The gradient, smoothed and looked ahead (Nesterov)."""
-        if not self.state[p]:
-            self.state[p] = {"momentum": torch.zeros_like(p, dtype=torch.float32)}
         g = p.grad.float()
         m = self.state[p]["momentum"].lerp_(g, 1 - momentum)
         return g.lerp(m, momentum)
@@ -197,33 +196,30 @@ class Optimizers:
             group["lr"] = group["top"] * factor
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """ "<parameter>/<what>" -> tensor, for safetensors."""
+        """ "<parameter>/<what>" -> tensor. They are the state itself, not copies."""
         states = {id(p): state for part in self.parts for p, state in part.state.items()}
-        return {
-            f"{name}/{key}": tensor for name, p in self.names.items() for key, tensor in states.get(id(p), {}).items()
-        }
+        return {f"{name}/{key}": tensor for name, p in self.names.items() for key, tensor in states[id(p)].items()}
 
     def counters(self) -> list[int]:
         """Updates done by each group: what the corrections of AdamW count."""
         return [group["steps"] for group in self.groups]
 
-    def load(self, tensors: dict[str, Tensor], counters: Sequence[int]) -> None:
-        """Continue where `state_tensors` and `counters` were taken. Raises ValueError where they are another model's."""
-        owners = {id(p): part for part in self.parts for group in part.param_groups for p in group["params"]}
-        strangers = {key.rpartition("/")[0] for key in tensors} - set(self.names)
-        if strangers or len(counters) != len(self.groups):
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of `state_tensors`. Raises ValueError where they are another model's or optimizer's."""
+        mine = self.state_tensors()
+        wrong = sorted(set(mine) ^ set(tensors)) or [n for n in mine if mine[n].shape != tensors[n].shape]
+        if wrong:
+            here, there = (f"{tuple(x[wrong[0]].shape)}" if wrong[0] in x else "nothing" for x in (mine, tensors))
             raise ValueError(
-                f"this optimizer state has {len(counters)} groups and knows {sorted(strangers)[:3]}, the optimizer here "
-                f"has {len(self.groups)} groups and does not: resume with the optimizer that was saved"
+                f"optimizer state does not fit, {len(wrong)} tensors: for {wrong[0]} the optimizer here has {here}, the "
+                f"file {there}. Resume with the model and optimizer that were saved."
             )
-        for name, p in self.names.items():
-            mine = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
-            for key, tensor in mine.items():
-                if tensor.shape != p.shape:
-                    raise ValueError(
-                        f"{name}: optimizer state {key} has shape {tuple(tensor.shape)}, needs {tuple(p.shape)}"
-                    )
-            owners[id(p)].state[p] = mine
+        for name, tensor in mine.items():
+            tensor.copy_(tensors[name])
+
+    def load_counters(self, counters: Sequence[int]) -> None:
+        """Take over `counters`."""
         for group, steps in zip(self.groups, counters, strict=True):
             group["steps"] = steps
 

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+import common.evaluation.text
 from common.data.documents import Document
 from common.evaluation.text import score_documents, shuffle_characters
+from common.model.config import ModelConfig
 from common.model.ngram import NaiveNGram, NGram
 from common.model.output import Output
+from common.model.transformer import Transformer
 
 TEXTS = ["abracadabra", "né — 日本", "x", "barbara " * 40]
 
@@ -59,6 +62,57 @@ def test_uniform_model_reads_log_v(documents, tokenizer):
     score = score_documents(Uniform(), tokenizer, documents)
     assert score.bits_per_byte().mean == pytest.approx(math.log2(257), rel=1e-6)
     assert score.nats_per_byte().mean == pytest.approx(math.log(257), rel=1e-6)
+
+
+class Shown:
+    """A model that keeps what it is shown."""
+
+    def __init__(self, model):
+        self.model, self.shapes = model, []
+        self.vocab_size, self.context_length, self.bounded = model.vocab_size, model.context_length, model.bounded
+
+    def __call__(self, ids, **more):
+        self.shapes.append(ids.shape)
+        return self.model(ids, **more)
+
+
+def small_transformer(context_length):
+    config = ModelConfig(257, context_length, layers=1, width=8, heads=2, positions="learned", init="fan_in")
+    return Transformer(config).eval()
+
+
+@pytest.mark.parametrize("context_length", [1, 7, 16, 500])
+def test_a_transformer_is_shown_its_context_and_no_more(documents, tokenizer, context_length):
+    shown = Shown(small_transformer(context_length))
+    score = score_documents(shown, tokenizer, documents)
+    assert score.bytes == [len(text.encode()) for text in TEXTS], "every byte once"
+    assert max(width for _, width in shown.shapes) == min(context_length, 321)
+
+
+@torch.inference_mode()
+def test_a_transformer_has_half_a_context_before_each_byte(documents, tokenizer):
+    model, half, total = small_transformer(16), 8, []
+    for document in documents:
+        ids, nats = [256, *document.text.encode()], 0.0
+        for t in range(1, len(ids)):  # token t, from the window that counts it
+            start = max(0, (t - 1) // half - 1) * half
+            nats -= float(model(torch.tensor([ids[start:t]])).logits[0, -1].log_softmax(0)[ids[t]])
+        total.append(nats)
+    assert score_documents(model, tokenizer, documents).nats == pytest.approx(total, rel=1e-4)
+
+
+def test_a_long_context_is_cut_to_the_asked_length(documents, tokenizer):
+    shown = Shown(small_transformer(500))
+    assert sum(score_documents(shown, tokenizer, documents, length=32).bytes) == sum(len(t.encode()) for t in TEXTS)
+    assert max(width for _, width in shown.shapes) == 32
+
+
+def test_logits_of_a_batch_are_bounded(documents, model, tokenizer, monkeypatch):
+    whole, shown = score_documents(model, tokenizer, documents), Shown(model)
+    monkeypatch.setattr(common.evaluation.text, "LOGITS_AT_ONCE", 100 * 257)
+    few = score_documents(shown, tokenizer, documents, length=20)
+    assert few.nats == pytest.approx(whole.nats, rel=1e-6)
+    assert 80 < max(rows * width for rows, width in shown.shapes) <= 100
 
 
 def test_groups_add_up(documents, model, tokenizer):

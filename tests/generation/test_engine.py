@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from common.data.problems import addition_problems
+from common.generation import decode
 from common.generation.engine import Engine
 from common.generation.sampling import SamplingParams
 from common.model.ngram import NGram
 from common.model.output import Output
 from common.tokenization.byte import ByteTokenizer
+from tests.generation.letters import Letters, Watched, model_of, prompts_of
 
 WARM = SamplingParams(temperature=1.3, max_tokens=12, n=3, seed=5, logprobs=True)
 
@@ -41,6 +43,44 @@ def test_scoring_does_not_depend_on_the_batch(adder):
     alone = adder.score(prompts[:1], continuations[:1])
     assert together[0].logprobs == pytest.approx(alone[0].logprobs, abs=1e-6)
     assert len(together[1].logprobs) == 15
+
+
+def test_a_batch_of_scores_is_bounded_in_rows_and_in_logits(adder, monkeypatch):
+    prompts = [adder.encode("1+2=" * (i % 7)) for i in range(40)]
+    continuations = [[51] * (i % 3) for i in range(40)]
+    whole = adder.score(prompts, continuations)
+    watched = Watched(adder.model)
+    engine = Engine(watched, adder.tokenizer, batch_size=9)
+    engine.score(prompts, continuations)
+    assert max(rows for rows, _ in watched.shapes) == 9
+    watched.shapes.clear()
+    monkeypatch.setattr(decode, "LOGITS_AT_ONCE", 60 * 257)
+    bounded = engine.score(prompts, continuations)
+    assert max(rows * width for rows, width in watched.shapes) <= 60
+    assert sum(rows for rows, _ in watched.shapes) == sum(len(c) > 0 for c in continuations)
+    assert len(watched.shapes) < 20, "as many rows as fit"
+    monkeypatch.setattr(decode, "LOGITS_AT_ONCE", 1)
+    alone = engine.score(prompts, continuations)  # a row that is too large runs alone
+    for one, two, three in zip(whole, bounded, alone, strict=True):
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-6)
+        assert one.logprobs == pytest.approx(three.logprobs, abs=1e-6)
+
+
+def test_scores_of_a_transformer():
+    engine = Engine(model_of(), Letters(), batch_size=3)
+    prompts, params = prompts_of(1, 5, 3, 7, 2), SamplingParams(max_tokens=5, n=2, logprobs=True)
+    flat = [(p, c) for p, row in zip(prompts, engine.generate(prompts, params), strict=True) for c in row]
+    for (_, completion), score in zip(
+        flat, engine.score(*zip(*[(p, c.ids) for p, c in flat], strict=True)), strict=True
+    ):
+        assert score.logprobs == pytest.approx(completion.logprobs, abs=1e-4)
+
+
+def test_a_row_beyond_the_context_is_refused():
+    engine = Engine(model_of(), Letters())
+    assert len(engine.score([[1] * 10], [[2] * 3])[0].logprobs) == 3  # twelve are shown, the last is only scored
+    with pytest.raises(ValueError, match="prompt 1 and its continuation show the model 13 tokens > context_length 12"):
+        engine.score([[1], [1] * 10], [[2], [2] * 4])
 
 
 def test_greedy_answers_what_it_learned(adder):

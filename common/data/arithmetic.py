@@ -1,0 +1,405 @@
+"""Procedural arithmetic in several steps: problems, worked traces, and a judge of traces.
+
+What the year's base model is pretrained on, and what reasoning is measured on until December. Four families:
+
+    family     question                  what one step does                                   valid traces
+    sums       add 47 16 82              adds any two of the numbers present                  many
+    checksum   checksum 7 8 3            adds any two of the digits present, modulo 10        many
+    mod_chain  chain 3 +4 *7 -2          carries out the first operation, modulo 10           one
+    plain_sum  sum 7 21 3                (small enough to need no steps)                      the empty one
+
+A step is a line `47+82=129; 16 129`: what is computed, and what is left. The last line of a document is `answer 145`.
+Each question can also be asked as a sentence; trace and answer stay the same.
+
+What the split promises: the numbers of a problem, in any order and style, belong to one split of their family. What it
+does not promise: between families nothing is held apart (`add 12 20 30` may be in train and `sum 12 20 30` in test),
+and a trace in train may pass through numbers that are a shorter problem in test (`4 1 2 3` becomes `2 3 5`, and the
+lines that follow solve `checksum 2 3 5`). Of the test problems, 200,000 training documents solve in passing nearly all
+checksums of up to 6 digits, half of those of 8 and none of 10; 2 % of the sums of 3 numbers and none of 5 or more; 14 %
+of the chains of 4 numbers and none of 6 or more. To measure on what was never seen, pass the longer `sizes`.
+"""
+
+import hashlib
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.data.documents import Document
+from common.data.problems import Problem
+from common.data.split import FRACTIONS, hash_split
+
+OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+VERBS = {"+": "add", "-": "subtract", "*": "multiply by"}
+LISTED = 150_000  # up to so many problems of one size are listed; larger spaces are sampled
+PATIENCE = 10_000  # draws in a row without a new problem after which a sampled space counts as used up
+
+NUMBER = "(?:0|[1-9][0-9]{0,8})"  # ASCII digits, no leading zeros, and never so long that int() would refuse
+LIST = re.compile(f"{NUMBER}(?: {NUMBER})*")
+CHAIN = re.compile(f"{NUMBER}(?: [+*-]{NUMBER})*")
+STEP = re.compile(f"({NUMBER})([+*-]{NUMBER})=({NUMBER}); (.*)")
+ANSWER = re.compile(f"answer ({NUMBER})")
+
+Terms = tuple[str, ...]  # what follows the first word of a question: ("47", "16", "82") or ("3", "+4", "*7", "-2")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of problem.
+
+    Attributes:
+        word: the first word of its plain question.
+        low, high: the numbers drawn, both included.
+        sizes: how many numbers a problem may have.
+        modulus: results are taken modulo this number; 0 leaves them as they are.
+        chain: the terms carry operators and are worked from left to right.
+        steps: whether there is anything between question and answer.
+        sentences: how the first number is told | each further one | the last one | what is asked; {} is the number.
+    """
+
+    name: str
+    word: str
+    low: int
+    high: int
+    sizes: range
+    modulus: int = 0
+    chain: bool = False
+    steps: bool = True
+    sentences: tuple[str, ...] = ()
+
+    def draw(self, size: int, rng: np.random.Generator) -> Terms:
+        """Terms of `size` numbers, each drawn uniformly, and so are the operators."""
+        span = self.high - self.low + 1
+        numbers = [str(self.low + int(u * span)) for u in rng.random(size).tolist()]
+        if self.chain:
+            signs = ["+-*"[int(3 * u)] for u in rng.random(size - 1).tolist()]
+            return (numbers[0], *(sign + number for sign, number in zip(signs, numbers[1:], strict=True)))
+        return tuple(numbers)
+
+    def key(self, terms: Terms) -> str:
+        """What the split is a function of. Only in a chain does the order of the terms matter.
+
+        >>> FAMILIES["sums"].key(("82", "47", "16")), FAMILIES["mod_chain"].key(("3", "+4", "*7", "-2"))
+        ('sums 16 47 82', 'mod_chain 3 +4 *7 -2')
+        """
+        return " ".join([self.name, *(terms if self.chain else sorted(terms, key=int))])
+
+    def solve(self, terms: Terms) -> int:
+        """The right answer.
+
+        >>> FAMILIES["checksum"].solve(("7", "8", "3")), FAMILIES["mod_chain"].solve(("3", "+4", "*7", "-2"))
+        (8, 7)
+        """
+        value = int(terms[0])
+        for term in terms[1:]:
+            value = self.apply(value, term if self.chain else "+" + term)
+        return value
+
+    def apply(self, value: int, term: str) -> int:
+        """One step: 3 and "*7" are 1 in a family that counts modulo 10."""
+        result = OPERATORS[term[0]](value, int(term[1:]))
+        return result % self.modulus if self.modulus else result
+
+    def say(self, terms: Terms, template: int) -> str:
+        """The question as a sentence; `template` is a position in `sentences`.
+
+        >>> FAMILIES["mod_chain"].say(("3", "+4", "*7", "-2"), 0)
+        'Let a dial work modulo 10: start with 3, add 4, multiply by 7 and subtract 2. What is the result?'
+        """
+        start, further, last, end = self.sentences[template].split("|")
+        told = [f"{VERBS[term[0]]} {term[1:]}" for term in terms[1:]] if self.chain else terms[1:]
+        return "".join([start.format(terms[0]), *map(further.format, told[:-1]), last.format(told[-1]), end])
+
+    def work(self, terms: Terms, rng: np.random.Generator) -> str:
+        """The lines of a valid trace, each pair of numbers drawn uniformly from those present."""
+        lines = []
+        if self.chain:
+            value = int(terms[0])
+            for i, term in enumerate(terms[1:], start=2):
+                before, value = value, self.apply(value, term)
+                lines.append(f"{before}{term}={value}; {' '.join([str(value), *terms[i:]])}\n")
+        elif self.steps:
+            present = list(terms)
+            draws = iter(rng.random(2 * len(terms)).tolist())
+            while len(present) > 1:
+                i, j = int(next(draws) * len(present)), int(next(draws) * (len(present) - 1))
+                i, j = (i, j + 1) if i <= j else (j, i)
+                b, a = present.pop(j), present.pop(i)
+                present.append(str(self.apply(int(a), "+" + b)))
+                lines.append(f"{a}+{b}={present[-1]}; {' '.join(present)}\n")
+        return "".join(lines)
+
+
+def _sentences(nouns: str, *templates: str) -> tuple[str, ...]:
+    return tuple(template.replace("NOUN", noun) for template in templates for noun in nouns.split())
+
+
+_SUMS = _sentences(
+    "apples nails books coins stones letters",
+    "A basket holds {} NOUN|, another {}| and one more {}|. How many NOUN are there?",
+    "Anna counts NOUN every day: {}|, {}| and {}|. How many NOUN has she counted?",
+    "There are {} NOUN on the table|, then {} more come| and at last {} more|. How many NOUN are there now?",
+    "A shop sells {} NOUN|, then {}| and then {}|. How many NOUN were sold?",
+)
+_CHECKSUM = _sentences(
+    "ticket parcel key bottle card",
+    "A NOUN has the digits {}|, {}| and {}|. What is the last digit of their sum?",
+    "The code of a NOUN is {}| {}| {}|. Add its digits and keep the last digit.",
+    "Add {}|, {}| and {}| modulo 10 to check the NOUN. What do you get?",
+)
+_CHAIN = _sentences(
+    "dial counter wheel clock",
+    "Let a NOUN work modulo 10: start with {}|, {}| and {}|. What is the result?",
+    "A NOUN works modulo 10 and shows {}. Now| {},| and {}|. What does it show?",
+    "A NOUN that works modulo 10 is set to {}|, then {}|, at last {}|. Where does it stop?",
+)
+_PLAIN = _sentences(
+    "pens cards shells eggs cups seeds",
+    "Tom has {} NOUN|, Ida has {}| and Sam has {}|. How many NOUN do they have together?",
+    "One box has {} NOUN|, the second {}| and the third {}|. How many NOUN are in the boxes?",
+    "{} red NOUN|, {} blue| and {} green NOUN|: how many is that?",
+)
+FAMILIES: dict[str, Family] = {
+    "sums": Family("sums", "add", 10, 99, range(3, 9), sentences=_SUMS),
+    "checksum": Family("checksum", "checksum", 0, 9, range(3, 11), modulus=10, sentences=_CHECKSUM),
+    "mod_chain": Family("mod_chain", "chain", 0, 9, range(4, 10), modulus=10, chain=True, sentences=_CHAIN),
+    "plain_sum": Family("plain_sum", "sum", 1, 30, range(3, 4), steps=False, sentences=_PLAIN),
+}
+WORDS = {family.word: family for family in FAMILIES.values()}
+
+
+def worked(question: str, trace: str, answer: str) -> str:
+    """A whole document: question, trace, answer. What a model is prompted with is `question + "\\n"`.
+
+    >>> print(worked("add 47 16 82", "47+82=129; 16 129\\n16+129=145; 145\\n", "145"))
+    add 47 16 82
+    47+82=129; 16 129
+    16+129=145; 145
+    answer 145
+    """
+    return "\n".join([question, *trace.splitlines(), f"answer {answer}"])
+
+
+def problems(
+    family: str, split: str, n: int, seed: int, *, sizes: Sequence[int] | None = None, style: str = "plain"
+) -> list[Problem]:
+    """`n` problems of a split, no two with the same numbers. The first m of them are the list for n=m.
+
+    Each size is equally likely while it has problems left. The style changes the wording alone, so the same seed asks
+    the same problems in both styles.
+
+    Args:
+        sizes: how many numbers a problem may have (a chain of k operations has k + 1), or None for all of the family.
+
+    Raises ValueError if a name is unknown, a size impossible, or the split has fewer than `n` such problems.
+
+    >>> [problem.question for problem in problems("plain_sum", "test", 2, seed=0)]
+    ['sum 7 8 20', 'sum 3 27 15']
+    >>> problems("plain_sum", "test", 1, seed=0, style="sentence")[0].question
+    '7 red shells, 8 blue and 20 green shells: how many is that?'
+    """
+    kind = _known("family", family, FAMILIES)
+    _known("split", split, FRACTIONS)
+    _known("style", style, ("plain", "sentence"))
+    chosen = [size for size in kind.sizes if sizes is None or size in sizes]
+    if not chosen or not set(sizes or ()) <= set(chosen):
+        raise ValueError(f"sizes {sizes} are impossible: {family} has {kind.sizes[0]} to {kind.sizes[-1]} numbers")
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    streams = [_stream(kind, size, split, _rng(seed, family, split, size)) for size in chosen]
+    rng, wording = _rng(seed, family, split, chosen), _rng(seed, family, split, chosen, style)
+    found: list[Problem] = []
+    while len(found) < n and streams:
+        stream = streams[int(rng.random() * len(streams))]
+        if (terms := next(stream, None)) is None:
+            streams.remove(stream)
+            continue
+        template = int(wording.random() * len(kind.sentences)) if style == "sentence" else None
+        name = " ".join([kind.word, *terms]) + ("" if template is None else f" / {template}")
+        index = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 2  # 62 bits
+        question = name if template is None else kind.say(terms, template)
+        numbers = tuple(int(term.lstrip("+-*")) for term in terms)
+        found.append(Problem(name, index, question, str(kind.solve(terms)), family, numbers))
+    if len(found) < n:
+        raise ValueError(f"{family} has {len(found)} {split} problems of sizes {chosen}, not {n}: lower n")
+    return found
+
+
+def _known(field: str, name: str, allowed: Collection[str]) -> Any:
+    if name not in allowed:
+        raise ValueError(f"{field} {name!r} is unknown; choose one of {', '.join(allowed)}")
+    return allowed[name] if isinstance(allowed, Mapping) else name
+
+
+def _rng(seed: int, *parts: object) -> np.random.Generator:
+    """A generator of its own for each purpose; a hash, because numpy seeds with numbers only."""
+    return np.random.default_rng(list(hashlib.sha256(repr((int(seed), *parts)).encode()).digest()))
+
+
+@lru_cache
+def _members(family: Family, size: int, split: str) -> tuple[list[Terms], np.ndarray]:
+    """Every problem of a small space, with the number of orders that it can be drawn in."""
+    numbers = [str(number) for number in range(family.low, family.high + 1)]
+    everything = itertools.combinations_with_replacement(numbers, size)
+    members = [terms for terms in everything if hash_split(family.key(terms)) == split]
+    orders = [math.factorial(size) / math.prod(map(math.factorial, Counter(terms).values())) for terms in members]
+    return members, np.array(orders)
+
+
+def _stream(family: Family, size: int, split: str, rng: np.random.Generator) -> Iterator[Terms]:
+    """Distinct problems in the order in which drawing numbers again and again would meet them first."""
+    if not family.chain and math.comb(family.high - family.low + size, size) <= LISTED:
+        members, orders = _members(family, size, split)
+        for i in np.argsort(rng.exponential(size=len(members)) / orders):  # equal in law, and it comes to an end
+            yield tuple(members[i][j] for j in rng.permutation(size))
+        return
+    seen: set[str] = set()
+    misses = 0
+    while misses < PATIENCE:
+        key = family.key(terms := family.draw(size, rng))
+        if key in seen or hash_split(key) != split:
+            misses += 1
+        else:
+            seen.add(key)
+            misses = 0
+            yield terms
+
+
+def _parse(problem: Problem) -> tuple[Family, Terms]:
+    """Family and terms from the name alone, so that problems read back from a file can be checked as well."""
+    word, *terms = problem.name.partition(" / ")[0].split(" ")
+    family = WORDS.get(word)
+    if not family or len(terms) not in family.sizes or not (CHAIN if family.chain else LIST).fullmatch(" ".join(terms)):
+        raise ValueError(f"problem {problem.name!r} is not one of common.data.arithmetic")
+    return family, tuple(terms)
+
+
+def trace(problem: Problem, rng: np.random.Generator) -> str:
+    """The lines of a worked trace, drawn at random among the valid ones; "" where no steps are needed.
+
+    >>> print(trace(problems("sums", "train", 1, seed=0, sizes=[3])[0], np.random.default_rng(0)), end="")
+    71+71=142; 46 142
+    46+142=188; 188
+    """
+    family, terms = _parse(problem)
+    return family.work(terms, rng)
+
+
+class Verdict(NamedTuple):
+    """`line` is the first wrong line, from 0, and `reason` says why. `answer` is what the last line states, if it does.
+
+    `line` is None if all is well, or if the problem itself is not one of this module.
+    """
+
+    ok: bool
+    line: int | None
+    reason: str
+    answer: int | None
+
+
+def check_trace(problem: Problem, text: str) -> Verdict:
+    """Judge what a model wrote after the question: the steps, and then the answer. Every text gets a verdict.
+
+    Valid is every path: any two of the numbers present, the right result, and what is left as a multiset in any order
+    (in a chain, as it stands). One line break after the answer is allowed.
+
+    >>> problem = Problem("add 47 16 82", 0, "add 47 16 82", "145")
+    >>> check_trace(problem, "82+47=129; 129 16\\n16+129=145; 145\\nanswer 145")
+    Verdict(ok=True, line=None, reason='valid', answer=145)
+    >>> check_trace(problem, "47+82=129; 16 129\\n16+129=155; 155\\nanswer 155")
+    Verdict(ok=False, line=1, reason='16+129 is 145, not 155', answer=155)
+    """
+    lines = text.removesuffix("\n").split("\n")
+    said = ANSWER.fullmatch(lines[-1])
+    answer = int(said[1]) if said else None
+    try:
+        family, present = _parse(problem)
+    except ValueError as error:
+        return Verdict(False, None, str(error), answer)
+    steps = len(present) - 1 if family.steps else 0
+    for i, line in enumerate(lines):
+        if i < steps:
+            reason, present = _check_step(family, present, line)
+        elif i == steps:
+            right = f"answer {family.solve(present)}"
+            reason = "" if line == right else f"this line must be {right!r}"
+        else:
+            reason = "text after the answer"
+        if reason:
+            return Verdict(False, i, reason, answer)
+    if len(lines) <= steps:
+        return Verdict(False, len(lines), f"the text ends after {len(lines)} of {steps} steps", answer)
+    return Verdict(True, None, "valid", answer)
+
+
+def _check_step(family: Family, present: Terms, line: str) -> tuple[str, Terms]:
+    """Why a step is wrong ("" if it is right), and the terms that are left after it."""
+    if not (found := STEP.fullmatch(line)):
+        return "not a line such as '47+82=129; 16 129'", present
+    a, term, result, listed = found.groups()
+    if family.chain:
+        if (a, term) != present[:2]:
+            return f"the next step is {present[0]}{present[1]}, not {a}{term}", present
+        left = present[2:]
+    else:
+        if term[0] != "+" or Counter((a, term[1:])) - Counter(present):
+            return f"{a}{term} does not add two of the numbers {' '.join(present)}", present
+        left = tuple((Counter(present) - Counter((a, term[1:]))).elements())
+    right = str(family.apply(int(a), term))
+    if result != right:
+        return f"{a}{term} is {right}, not {result}", present
+    left = (right, *left) if family.chain else (*left, right)
+    listed = listed.split(" ")
+    if (listed != list(left)) if family.chain else (Counter(listed) != Counter(left)):
+        return f"what is left is {' '.join(left)}", present
+    return "", left
+
+
+def training_documents(
+    split: str, count: int, seed: int, *, families: Mapping[str, float] | None = None, styles: float = 0.25
+) -> list[Document]:
+    """Worked problems to train on, drawn with repetition: numbers, wording and path of each at random.
+
+    Args:
+        families: name -> weight (equal ones by default).
+        styles: the share of documents that ask in a sentence.
+
+    Raises ValueError if a name is unknown, or a weight or share impossible.
+
+    >>> (document,) = training_documents("train", 1, seed=0)
+    >>> print(document.name, document.text, sep=": ")
+    sums train 0.0: add 71 42 76
+    42+76=118; 71 118
+    71+118=189; 189
+    answer 189
+    """
+    _known("split", split, FRACTIONS)
+    weights = dict.fromkeys(FAMILIES, 1.0) if families is None else families
+    kinds = [_known("family", name, FAMILIES) for name in weights]
+    if not kinds or min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
+        raise ValueError(f"families must have weights of at least 0, and one above 0, got {dict(weights)}")
+    if not 0 <= styles <= 1 or count < 0:
+        raise ValueError(f"styles must lie between 0 and 1 and count must be at least 0, got {styles} and {count}")
+    edges = np.cumsum(list(weights.values()))
+    places = np.searchsorted(edges / edges[-1], _rng(seed, "families", split).random(count), "right")
+    rng = _rng(seed, "documents", split)
+    documents = []
+    for i, place in enumerate(places.tolist()):
+        family = kinds[place]
+        size, in_words, template = rng.random(3).tolist()
+        size = family.sizes[int(size * len(family.sizes))]
+        while hash_split(family.key(terms := family.draw(size, rng))) != split:
+            pass
+        if in_words < styles:
+            question = family.say(terms, int(template * len(family.sentences)))
+        else:
+            question = " ".join([family.word, *terms])
+        text = worked(question, family.work(terms, rng), str(family.solve(terms)))
+        documents.append(Document(f"{family.name} {split} {seed}.{i}", family.name, text))
+    return documents

@@ -1,0 +1,92 @@
+"""Several processes as one: the only file that knows how many there are.
+
+The engine is torch's: `torchrun` starts the processes, `DistributedDataParallel` keeps whole copies of the model and
+averages their gradients, FSDP2 (`fully_shard`) keeps a part of each parameter in each process and gathers it when needed.
+Losses are divided by the number of targets over ALL processes, so that the result does not depend on how many there are.
+
+    torchrun --nproc-per-node 2 05_pretraining/run.py --parallel data        (or --parallel shards)
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+Parallel = Literal["none", "data", "shards"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: str = "cpu") -> Iterator["World"]:
+        """Join the group that `torchrun` describes in the environment; alone where it describes none."""
+        if "WORLD_SIZE" not in os.environ:
+            yield cls(device=device)
+            return
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            yield cls(dist.get_rank(), dist.get_world_size(), device)
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module, how: Parallel) -> nn.Module:
+        """The model, ready for this world. Make the optimizers after it: sharding replaces the parameters.
+
+        Raises ValueError for one process of several without a way to share the work.
+        """
+        model = model.to(self.device)
+        if how == "none":
+            if self.size > 1:
+                raise ValueError(
+                    f"{self.size} processes would train {self.size} models: choose parallel data or shards"
+                )
+            return model
+        if not dist.is_initialized():
+            raise ValueError(f"parallel {how} needs processes: start with torchrun --nproc-per-node N")
+        if how == "data":
+            return DistributedDataParallel(model)
+        mesh = init_device_mesh(self.device, (self.size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, in each of them."""
+        if self.size == 1:
+            return value
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    def only_sync_if(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Exchange gradients with the last micro-batch alone; before it they add up in each process."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        elif isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return contextlib.nullcontext()
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model itself, out of wrappers that put a prefix before every name: what is saved, and what names refer to."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model, "_orig_mod", model)  # torch.compile (gallery: pretraining/compiled-names)

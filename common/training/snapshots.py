@@ -1,0 +1,143 @@
+"""Snapshots of a training in progress: whole or absent, and enough to go on with the same bits.
+
+    <folder>/step-00000120/model.safetensors, checkpoint.json     a checkpoint like any other
+                           training.safetensors                   optimizer state
+                           shards/                                instead of both, from processes with sharded weights
+                           progress.json                          everything else, and the hashes of the files
+
+A snapshot is written beside its place and renamed into it when it is complete; only then are older ones deleted. Sharded
+ones use `torch.distributed.checkpoint` and can be read by any number of processes.
+"""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from common.foundation.files import read_json, sha256_file, write_json
+from common.training.checkpoint import load_tensors, read_checkpoint, save_checkpoint
+from common.training.distributed import inner
+
+if TYPE_CHECKING:
+    from common.training.trainer import Trainer
+
+
+class Snapshots:
+    """A folder of them, the newest `keep` of which stay."""
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def all(self) -> list[Path]:
+        """Newest first. A name is given only to a complete snapshot."""
+        return sorted(self.folder.glob("step-????????"), reverse=True)
+
+    def save(self, trainer: "Trainer") -> Path:
+        """Write a snapshot of this trainer; all processes call it."""
+        place = self.folder / f"step-{trainer.done:08d}"
+        partial = place.with_name(f".{place.name}.partial")
+        first, model = trainer.world.rank == 0, inner(trainer.model)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._meet(trainer)
+        if _is_sharded(trainer):
+            with _quiet():
+                dcp.save(_tensors_of(trainer), checkpoint_id=partial / "shards")
+        elif first:
+            save_checkpoint(partial, model, trainer.tokenizer)
+            state = {name: t.detach().cpu().contiguous() for name, t in trainer.optimizers.state_tensors().items()}
+            safetensors.torch.save_file(state, partial / "training.safetensors")
+        self._meet(trainer)
+        if first:
+            files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+            progress = {
+                **trainer.progress_state(),
+                "tokenizer": trainer.tokenizer.fingerprint,
+                "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in files},
+            }
+            write_json(partial / "progress.json", progress)
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(partial, place)
+            for old in self.all()[self.keep :]:  # gallery: pretraining/delete-before-write
+                shutil.rmtree(old)
+        self._meet(trainer)
+        return place
+
+    def load_newest(self, trainer: "Trainer") -> bool:
+        """Continue from the newest snapshot whose files are whole; False if there is none.
+
+        Raises:
+            ValueError: it belongs to another tokenizer, model, optimizer or stream. Says both sides.
+        """
+        for place in self.all():
+            try:
+                progress = read_json(place / "progress.json")
+                for name, digest in progress["files"].items():
+                    if sha256_file(place / name) != digest:
+                        raise ValueError(f"{place / name} is not what progress.json says")
+            except (OSError, ValueError) as damage:
+                warnings.warn(f"snapshot passed over, an older one is tried: {damage}", stacklevel=2)
+                continue
+            self._load(trainer, place, progress)
+            return True
+        return False
+
+    def _load(self, trainer: "Trainer", place: Path, progress: dict[str, Any]) -> None:
+        if progress["tokenizer"] != trainer.tokenizer.fingerprint:
+            raise ValueError(
+                f"{place} was trained with tokenizer {progress['tokenizer'][:12]}…, this training uses "
+                f"{trainer.tokenizer.fingerprint[:12]}…: remove the snapshots to begin anew, or take that tokenizer"
+            )
+        if len(progress["counters"]) != len(trainer.optimizers.groups):
+            raise ValueError(
+                f"{place} has {len(progress['counters'])} groups of parameters, the optimizer here "
+                f"{len(trainer.optimizers.groups)}: resume with the optimizer that was saved"
+            )
+        if (place / "shards").exists():
+            with _quiet():  # by name, in place, into whatever layout is here
+                dcp.load(_tensors_of(trainer), checkpoint_id=place / "shards", no_dist=not dist.is_initialized())
+        else:
+            tensors = read_checkpoint(place, trainer.tokenizer)[1]
+            state = safetensors.torch.load((place / "training.safetensors").read_bytes())
+            if _is_sharded(trainer):
+                raise ValueError(f"{place} was saved whole: resume it without sharding, or begin anew")
+            load_tensors(inner(trainer.model), tensors, str(place))
+            trainer.optimizers.load(state)
+        trainer.optimizers.load_counters(progress["counters"])
+        trainer.load_progress(progress)
+
+    @staticmethod
+    def _meet(trainer: "Trainer") -> None:
+        if trainer.world.size > 1:
+            dist.barrier()
+
+
+def whole_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, gathered from all processes where they are sharded; every process calls it."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in inner(model).named_parameters()
+    }
+
+
+def _is_sharded(trainer: "Trainer") -> bool:
+    return any(isinstance(p, DTensor) for p in trainer.model.parameters())
+
+
+def _tensors_of(trainer: "Trainer") -> dict[str, Tensor]:
+    """Everything by name: what `torch.distributed.checkpoint` writes, and what it fills."""
+    model = {f"model/{name}": p.detach() for name, p in inner(trainer.model).named_parameters()}
+    return model | {f"optimizer/{name}": t for name, t in trainer.optimizers.state_tensors().items()}
+
+
+def _quiet() -> warnings.catch_warnings:
+    """torch warns about planning in one process; that is what is meant."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)

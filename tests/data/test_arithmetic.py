@@ -1,0 +1,320 @@
+"""Procedural arithmetic: every drawn trace is valid, every touched one is not, and nothing crosses a split."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.data.arithmetic import FAMILIES, Verdict, check_trace, problems, trace, training_documents, worked
+from common.data.problems import Problem
+from common.data.split import FRACTIONS, hash_split
+
+families = st.sampled_from(list(FAMILIES))
+styles = st.sampled_from(["plain", "sentence"])
+seeds = st.integers(0, 10**6)
+SMALL = {"checksum": [3, 4, 5, 6]}  # listing the longest checksums takes a second
+
+
+def draw(family, seed=0, n=1, split="train", style="plain"):
+    return problems(family, split, n, seed, sizes=SMALL.get(family), style=style)
+
+
+def completion(problem, seed=0):
+    """What a perfect model would write after the question."""
+    text = worked(problem.question, trace(problem, np.random.default_rng(seed)), problem.answer)
+    assert text.startswith(problem.question + "\n")
+    return text[len(problem.question) + 1 :]
+
+
+def key(problem):
+    """Written out again: what may not be in two splits."""
+    plain = problem.name.split(" / ")[0]
+    return f"mod_chain {plain[6:]}" if problem.family == "mod_chain" else (problem.family, *sorted(problem.numbers))
+
+
+def independent_answer(problem):
+    """From the question alone, by reading it as a person would."""
+    if problem.family != "mod_chain":
+        numbers = [int(n) for n in re.findall(r"\d+", problem.question.replace("modulo 10", ""))]
+        return sum(numbers) % (10 if problem.family == "checksum" else 10**9)
+    text = problem.question.replace("modulo 10", "")
+    for verb, sign in (("add ", "+"), ("subtract ", "-"), ("multiply by ", "*")):
+        text = text.replace(verb, sign)
+    start, *rest = re.findall(r"[+*-]?\d+", text)
+    code = "(" * len(rest) + start + "".join(f"{term})" for term in rest)
+    return eval(code) % 10  # a remainder taken once at the end equals one taken after every step
+
+
+@settings(max_examples=150, deadline=None)
+@given(families, st.sampled_from(list(FRACTIONS)), styles, seeds)
+def test_a_drawn_trace_is_valid_and_its_answer_is_right(family, split, style, seed):
+    for problem in draw(family, seed, 3, split, style):
+        text = completion(problem, seed)
+        assert check_trace(problem, text) == (True, None, "valid", int(problem.answer))
+        assert check_trace(problem, text + "\n").ok
+        assert text.count("\n") == (0 if family == "plain_sum" else len(problem.numbers) - 1)
+        assert independent_answer(problem) == int(problem.answer)
+        assert 0 <= problem.index < 2**62
+
+
+@settings(max_examples=150, deadline=None)
+@given(families, seeds, st.data())
+def test_one_changed_digit_anywhere_is_found_in_its_line(family, seed, data):
+    (problem,) = draw(family, seed)
+    text = completion(problem, seed)
+    for place in [i for i, character in enumerate(text) if character.isdigit()]:
+        other = data.draw(st.sampled_from([d for d in "0123456789" if d != text[place]]))
+        verdict = check_trace(problem, text[:place] + other + text[place + 1 :])
+        assert not verdict.ok
+        assert verdict.line == text[:place].count("\n")
+
+
+@settings(max_examples=60, deadline=None)
+@given(families, seeds)
+def test_a_line_left_out_doubled_or_appended_is_found(family, seed):
+    (problem,) = draw(family, seed)
+    lines = completion(problem, seed).split("\n")
+    for i in range(len(lines)):
+        assert not check_trace(problem, "\n".join(lines[:i] + lines[i + 1 :])).ok
+        assert not check_trace(problem, "\n".join(lines[: i + 1] + lines[i:])).ok
+        cut = check_trace(problem, "\n".join([*lines[:i], ""]))
+        assert not cut.ok
+    assert check_trace(problem, "\n".join([*lines, "and so on"])).line == len(lines)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["sums", "checksum"]), seeds, st.randoms())
+def test_every_path_in_every_order_is_valid(family, seed, random):
+    """A second writer of traces, which also turns the pair and the list around."""
+    (problem,) = draw(family, seed)
+    present, lines = list(problem.numbers), []
+    while len(present) > 1:
+        random.shuffle(present)
+        a, b = present.pop(), present.pop()
+        present.append((a + b) % 10 if family == "checksum" else a + b)
+        result = present[-1]
+        random.shuffle(present)
+        lines.append(f"{a}+{b}={result}; {' '.join(map(str, present))}")
+    assert check_trace(problem, "\n".join([*lines, f"answer {problem.answer}"])).ok
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("47+83=130; 16 130\n16+130=146; 146\nanswer 146", 0, "does not add two of the numbers 47 16 82"),
+        ("47+47=94; 16 82 94\n16+82=98; 94 98\nanswer 192", 0, "does not add two"),  # a number present only once
+        ("47*82=129; 16 129\n16+129=145; 145\nanswer 145", 0, "does not add two"),
+        ("47+82=129; 129\nanswer 129", 0, "what is left is 16 129"),
+        ("47+82=129; 16 16 129\n16+129=145; 145\nanswer 145", 0, "what is left is 16 129"),
+        ("47+82=129; 16 129\n47+16=63; 63\nanswer 145", 1, "does not add two of the numbers 16 129"),
+        ("47+82=129; 16 129\n16+129=145; 145\nanswer 146", 2, "this line must be 'answer 145'"),
+        ("47+82=129; 16 129\n16+129=145; 145\n", 2, "ends after 2 of 2 steps"),
+        ("47+82=129; 16 129\nanswer 145", 1, "not a line such as"),
+        ("answer 145", 0, "not a line such as"),
+        ("", 0, "not a line such as"),
+    ],
+)
+def test_what_is_wrong_is_named(text, line, reason):
+    verdict = check_trace(Problem("add 47 16 82", 0, "", "145"), text)
+    assert (verdict.ok, verdict.line) == (False, line)
+    assert reason in verdict.reason
+
+
+def test_a_chain_has_one_path():
+    problem = Problem("chain 3 +4 *7 -2", 0, "", "7")
+    assert trace(problem, np.random.default_rng(0)) == "3+4=7; 7 *7 -2\n7*7=9; 9 -2\n9-2=7; 7\n"
+    swapped = check_trace(problem, "3+4=7; 7 -2 *7\n7-2=5; 5 *7\n5*7=5; 5\nanswer 5")
+    assert (swapped.ok, swapped.line, swapped.reason) == (False, 0, "what is left is 7 *7 -2")
+    assert check_trace(problem, "4+3=7; 7 *7 -2").reason == "the next step is 3+4, not 4+3"
+    below = Problem("chain 2 -5 +0 +0", 0, "", "7")
+    assert completion(below).startswith("2-5=7; 7 +0 +0\n")
+
+
+GARBAGE = [
+    "\x00",
+    "٤٧+٨٢=١٢٩; ١٦ ١٢٩",
+    "answer ²",
+    "9" * 5000,
+    f"47+82={'9' * 9999}; 16",
+    "\ud800",
+    "\r\n",
+    "47+82=129;",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(families, st.one_of(st.text(), st.sampled_from(GARBAGE), st.from_regex(r"\A[0-9+*=; answer\n-]{0,60}\Z")))
+def test_any_text_gets_a_verdict(family, text):
+    (problem,) = draw(family)
+    for attempt in (text, completion(problem) + text, f"{text}\n{completion(problem)}"):
+        verdict = check_trace(problem, attempt)
+        assert isinstance(verdict, Verdict)
+        assert verdict.ok == (attempt.removesuffix("\n") == completion(problem)) or family in ("sums", "checksum")
+
+
+@given(st.text())
+def test_any_problem_gets_a_verdict(name):
+    assert not check_trace(Problem(name, 0, "", ""), "answer 1").ok
+    for head in ("add ", "chain ", "sum "):
+        assert check_trace(Problem(head + name, 0, "", ""), "answer -1").answer is None
+
+
+def test_unicode_digits_and_leading_zeros_are_not_numbers():
+    problem = Problem("sum 7 21 3", 0, "", "31")
+    assert check_trace(problem, "answer 31").ok
+    for text in (
+        "answer 031",
+        "answer ٣١",
+        "answer 31 ",
+        "answer 3_1",
+        "answer +31",
+        "Answer 31",
+        "answer " + "3" * 5000,
+    ):
+        assert check_trace(problem, text)[:2] == (False, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(families, seeds, st.randoms())
+def test_order_of_the_numbers_does_not_change_the_split(family, seed, random):
+    kind = FAMILIES[family]
+    terms = kind.draw(kind.sizes[-1], np.random.default_rng(seed))
+    shuffled = list(terms)
+    random.shuffle(shuffled)
+    if kind.chain:
+        assert kind.key(terms) == f"mod_chain {' '.join(terms)}"
+    else:
+        assert kind.key(tuple(shuffled)) == kind.key(terms)
+        assert sorted(map(int, terms)) == [int(term) for term in kind.key(terms).split()[1:]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_splits_share_no_problem_and_documents_stay_in_theirs(family):
+    numbers = {}
+    for split in FRACTIONS:
+        posed = {key(problem) for problem in draw(family, 0, 25 if family == "checksum" else 400, split)}
+        posed |= {key(problem) for problem in draw(family, 1, 300, split, "sentence")}
+        for document in training_documents(split, 3000, 0, families={family: 1}, styles=0):
+            plain = document.text.split("\n")[0]
+            terms = plain.split()[1:]
+            posed.add(key(Problem(plain, 0, "", "", family, tuple(int(t.lstrip("+-*")) for t in terms))))
+        numbers[split] = posed
+    assert not numbers["train"] & numbers["validation"]
+    assert not numbers["train"] & numbers["test"]
+    assert not numbers["validation"] & numbers["test"]
+    for split, posed in numbers.items():
+        assert len(posed) > 300
+        assert all(hash_split(k if isinstance(k, str) else " ".join(map(str, k))) == split for k in posed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sample_is_a_prefix_distinct_and_the_same_in_both_styles(family):
+    many, few = draw(family, 3, 300), draw(family, 3, 17)
+    assert many[:17] == few
+    assert len({key(problem) for problem in many}) == len({problem.index for problem in many}) == 300
+    assert draw(family, 4, 17) != few
+    told = draw(family, 3, 300, style="sentence")
+    assert [(p.numbers, p.answer) for p in told] == [(p.numbers, p.answer) for p in many]
+    assert not {p.index for p in told} & {p.index for p in many}
+    assert len({re.sub(r"\d+", "", p.question).split()[0] for p in told}) > 1, "more than one template"
+
+
+def test_a_problem_keeps_its_index_and_its_name_tells_its_question():
+    seen = {}
+    for seed in range(30):
+        for problem in draw("plain_sum", seed, 200, "test") + draw("plain_sum", seed, 200, "test", "sentence"):
+            assert seen.setdefault(problem.name, problem) == problem
+    assert len({problem.index for problem in seen.values()}) == len({p.question for p in seen.values()}) == len(seen)
+
+
+def test_small_spaces_can_be_used_up_and_no_further():
+    total = 0
+    for split in FRACTIONS:
+        available = sum(
+            hash_split(f"plain_sum {a} {b} {c}") == split
+            for a in range(1, 31)
+            for b in range(a, 31)
+            for c in range(b, 31)
+        )
+        assert len(problems("plain_sum", split, available, 0)) == available
+        with pytest.raises(ValueError, match=f"has {available} {split} problems"):
+            problems("plain_sum", split, available + 1, 0)
+        total += available
+    assert total == math.comb(32, 3)
+
+
+def test_a_listed_space_is_drawn_like_a_sampled_one():
+    """Digits drawn one by one repeat less often than a uniform choice among the listed checksums would (0.45)."""
+    firsts = [problems("checksum", "train", 1, seed, sizes=[3])[0].numbers for seed in range(1500)]
+    rng = np.random.default_rng(0)
+    kind = FAMILIES["checksum"]
+    drawn = [kind.draw(3, rng) for _ in range(6000)]
+    drawn = [terms for terms in drawn if hash_split(kind.key(terms)) == "train"]
+    repeats = [sum(len(set(numbers)) < 3 for numbers in some) / len(some) for some in (firsts, drawn)]
+    assert repeats[0] == pytest.approx(repeats[1], abs=0.04)
+
+
+def test_a_used_up_size_gives_way_to_the_others():
+    sizes = [len(p.numbers) for p in problems("checksum", "test", 90, 0, sizes=(3, 4))]
+    assert set(sizes[:20]) == {3, 4}
+    assert set(sizes[60:]) == {4}
+
+
+def test_errors_name_the_field():
+    for family, split, n, extra, message in (
+        ("product", "test", 1, {}, "family 'product' is unknown"),
+        ("sums", "tset", 1, {}, "split 'tset' is unknown"),
+        ("sums", "test", 1, {"style": "rhyme"}, "style 'rhyme' is unknown"),
+        ("sums", "test", 1, {"sizes": (2, 3)}, r"sizes \(2, 3\) are impossible: sums has 3 to 8 numbers"),
+        ("sums", "test", 1, {"sizes": ()}, "sizes"),
+        ("sums", "test", -1, {}, "n must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            problems(family, split, n, 0, **extra)
+    for split, extra, message in (
+        ("tset", {}, "split 'tset'"),
+        ("train", {"families": {"product": 1}}, "family 'product'"),
+        ("train", {"families": {}}, "families must have weights"),
+        ("train", {"families": {"sums": -1, "checksum": 2}}, "families must have weights"),
+        ("train", {"families": {"sums": 0}}, "families must have weights"),
+        ("train", {"styles": 1.5}, "styles must lie between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training_documents(split, 1, 0, **extra)
+    with pytest.raises(ValueError, match="'47[+]38' is not one of"):
+        trace(Problem("47+38", 0, "", ""), np.random.default_rng(0))
+
+
+def test_documents_are_a_function_of_their_seed_and_every_trace_in_them_is_valid():
+    documents = training_documents("train", 2000, 5)
+    assert documents == training_documents("train", 2000, 5)
+    assert documents[:100] == training_documents("train", 100, 5)
+    assert documents[0].text != training_documents("train", 1, 6)[0].text
+    assert len({document.name for document in documents}) == 2000
+    plain = 0
+    for document in documents:
+        question, text = document.text.split("\n", 1)
+        if question.split()[0] in ("add", "checksum", "chain", "sum"):
+            plain += 1
+            verdict = check_trace(Problem(question, 0, question, ""), text)
+            assert verdict.ok, (document, verdict)
+    assert plain / 2000 == pytest.approx(0.75, abs=0.04)
+
+
+def test_weights_and_styles_are_kept():
+    documents = training_documents("validation", 3000, 0, families={"sums": 3, "plain_sum": 1, "checksum": 0}, styles=1)
+    groups = [document.group for document in documents]
+    assert groups.count("sums") / 3000 == pytest.approx(0.75, abs=0.03)
+    assert set(groups) == {"sums", "plain_sum"}
+    assert not any(document.text.startswith(("add ", "sum ")) for document in documents)
+
+
+def test_pairs_are_picked_evenly():
+    problem = Problem("add 11 22 44", 0, "", "77")
+    rng = np.random.default_rng(0)
+    firsts = [trace(problem, rng).split("=")[0] for _ in range(3000)]
+    for pair in ("11+22", "11+44", "22+44"):
+        assert firsts.count(pair) / 3000 == pytest.approx(1 / 3, abs=0.04)

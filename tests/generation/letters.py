@@ -1,0 +1,69 @@
+"""A vocabulary of twelve tokens and tiny transformers over it: random texts that end, stop and break characters often."""
+
+import torch
+
+from common.model.config import ModelConfig
+from common.model.transformer import Transformer
+from common.tokenization.protocol import END_OF_TEXT
+
+PIECES = [b"a", b"b", b"ab", b"b ", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", "€a".encode(), b"ba", b"\xf0\x9f"]
+END = len(PIECES)
+CONTEXT = 12
+
+
+class Letters:
+    """Tokens of one to four bytes, some of which are parts of characters."""
+
+    vocab_size, specials, fingerprint = END + 1, {END_OF_TEXT: END}, "letters"
+
+    def token_bytes(self, token_id):
+        return b"" if token_id == END else PIECES[token_id]
+
+
+TINY = {"vocab_size": END + 1, "context_length": CONTEXT, "layers": 2, "width": 16, "heads": 4, "init": "fan_in"}
+LATENT = {
+    "attention": "latent",
+    "latent_width": 6,
+    "rope_head_width": 4,
+    "value_head_width": 5,
+    "rope_layout": "interleaved",
+}
+KINDS = {
+    "rope": {},
+    "learned": {"positions": "learned"},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "alibi": {"positions": "alibi"},
+    "grouped": {"key_value_heads": 2, "qk_norm": True},
+    "window": {"window": 3},
+    "window-alibi": {"window": 4, "positions": "alibi"},
+    "latent": LATENT,
+    "experts": {"experts": 4},
+}
+
+
+def model_of(kind="rope", **changes):
+    return Transformer(ModelConfig(**{**TINY, **KINDS[kind], **changes}), seed=1).eval()
+
+
+def prompts_of(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(END, (length,), generator=generator).tolist() for length in lengths]
+
+
+RAGGED = prompts_of(1, 5, CONTEXT, 3, 2 * CONTEXT + 5, 5, 9)
+
+
+class Watched:
+    """A model that keeps the shape of each input; it has a cache if the model has one."""
+
+    def __init__(self, model):
+        self.model, self.shapes, self.shown = model, [], []
+        self.vocab_size, self.context_length, self.bounded = model.vocab_size, model.context_length, model.bounded
+        if hasattr(model, "new_cache"):
+            self.new_cache = model.new_cache
+
+    def __call__(self, ids, **more):
+        self.shapes.append(tuple(ids.shape))
+        pads = more.get("pad_mask")
+        self.shown.append([row[~pad].tolist() for row, pad in zip(ids, pads, strict=True)] if pads is not None else ids)
+        return self.model(ids, **more)
