@@ -11,12 +11,9 @@ What the year's base model is pretrained on, and what reasoning is measured on u
 A step is a line `47+82=129; 16 129`: what is computed, and what is left. The last line of a document is `answer 145`.
 Each question can also be asked as a sentence; trace and answer stay the same.
 
-What the split promises: the numbers of a problem, in any order and style, belong to one split of their family. What it
-does not promise: between families nothing is held apart (`add 12 20 30` may be in train and `sum 12 20 30` in test),
-and a trace in train may pass through numbers that are a shorter problem in test (`4 1 2 3` becomes `2 3 5`, and the
-lines that follow solve `checksum 2 3 5`). Of the test problems, 200,000 training documents solve in passing nearly all
-checksums of up to 6 digits, half of those of 8 and none of 10; 2 % of the sums of 3 numbers and none of 5 or more; 14 %
-of the chains of 4 numbers and none of 6 or more. To measure on what was never seen, pass the longer `sizes`.
+The numbers of a problem, in any order, wording or family, belong to one split. In a document of the train split a step
+is only taken if what is left, where it has as many numbers as a problem, is in train as well. So no training document
+states or passes through a problem that is held out.
 """
 
 import hashlib
@@ -25,153 +22,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.data.arithmetic_families import FAMILIES, NUMBER, Family, Terms, parse
 from common.data.documents import Document
 from common.data.problems import Problem
-from common.data.split import FRACTIONS, hash_split
+from common.data.split import FRACTIONS
 
-OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-VERBS = {"+": "add", "-": "subtract", "*": "multiply by"}
 LISTED = 150_000  # up to so many problems of one size are listed; larger spaces are sampled
 PATIENCE = 10_000  # draws in a row without a new problem after which a sampled space counts as used up
 
-NUMBER = "(?:0|[1-9][0-9]{0,8})"  # ASCII digits, no leading zeros, and never so long that int() would refuse
-LIST = re.compile(f"{NUMBER}(?: {NUMBER})*")
-CHAIN = re.compile(f"{NUMBER}(?: [+*-]{NUMBER})*")
 STEP = re.compile(f"({NUMBER})([+*-]{NUMBER})=({NUMBER}); (.*)")
 ANSWER = re.compile(f"answer ({NUMBER})")
-
-Terms = tuple[str, ...]  # what follows the first word of a question: ("47", "16", "82") or ("3", "+4", "*7", "-2")
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of problem.
-
-    Attributes:
-        word: the first word of its plain question.
-        low, high: the numbers drawn, both included.
-        sizes: how many numbers a problem may have.
-        modulus: results are taken modulo this number; 0 leaves them as they are.
-        chain: the terms carry operators and are worked from left to right.
-        steps: whether there is anything between question and answer.
-        sentences: how the first number is told | each further one | the last one | what is asked; {} is the number.
-    """
-
-    name: str
-    word: str
-    low: int
-    high: int
-    sizes: range
-    modulus: int = 0
-    chain: bool = False
-    steps: bool = True
-    sentences: tuple[str, ...] = ()
-
-    def draw(self, size: int, rng: np.random.Generator) -> Terms:
-        """Terms of `size` numbers, each drawn uniformly, and so are the operators."""
-        span = self.high - self.low + 1
-        numbers = [str(self.low + int(u * span)) for u in rng.random(size).tolist()]
-        if self.chain:
-            signs = ["+-*"[int(3 * u)] for u in rng.random(size - 1).tolist()]
-            return (numbers[0], *(sign + number for sign, number in zip(signs, numbers[1:], strict=True)))
-        return tuple(numbers)
-
-    def key(self, terms: Terms) -> str:
-        """What the split is a function of. Only in a chain does the order of the terms matter.
-
-        >>> FAMILIES["sums"].key(("82", "47", "16")), FAMILIES["mod_chain"].key(("3", "+4", "*7", "-2"))
-        ('sums 16 47 82', 'mod_chain 3 +4 *7 -2')
-        """
-        return " ".join([self.name, *(terms if self.chain else sorted(terms, key=int))])
-
-    def solve(self, terms: Terms) -> int:
-        """The right answer.
-
-        >>> FAMILIES["checksum"].solve(("7", "8", "3")), FAMILIES["mod_chain"].solve(("3", "+4", "*7", "-2"))
-        (8, 7)
-        """
-        value = int(terms[0])
-        for term in terms[1:]:
-            value = self.apply(value, term if self.chain else "+" + term)
-        return value
-
-    def apply(self, value: int, term: str) -> int:
-        """One step: 3 and "*7" are 1 in a family that counts modulo 10."""
-        result = OPERATORS[term[0]](value, int(term[1:]))
-        return result % self.modulus if self.modulus else result
-
-    def say(self, terms: Terms, template: int) -> str:
-        """The question as a sentence; `template` is a position in `sentences`.
-
-        >>> FAMILIES["mod_chain"].say(("3", "+4", "*7", "-2"), 0)
-        'Let a dial work modulo 10: start with 3, add 4, multiply by 7 and subtract 2. What is the result?'
-        """
-        start, further, last, end = self.sentences[template].split("|")
-        told = [f"{VERBS[term[0]]} {term[1:]}" for term in terms[1:]] if self.chain else terms[1:]
-        return "".join([start.format(terms[0]), *map(further.format, told[:-1]), last.format(told[-1]), end])
-
-    def work(self, terms: Terms, rng: np.random.Generator) -> str:
-        """The lines of a valid trace, each pair of numbers drawn uniformly from those present."""
-        lines = []
-        if self.chain:
-            value = int(terms[0])
-            for i, term in enumerate(terms[1:], start=2):
-                before, value = value, self.apply(value, term)
-                lines.append(f"{before}{term}={value}; {' '.join([str(value), *terms[i:]])}\n")
-        elif self.steps:
-            present = list(terms)
-            draws = iter(rng.random(2 * len(terms)).tolist())
-            while len(present) > 1:
-                i, j = int(next(draws) * len(present)), int(next(draws) * (len(present) - 1))
-                i, j = (i, j + 1) if i <= j else (j, i)
-                b, a = present.pop(j), present.pop(i)
-                present.append(str(self.apply(int(a), "+" + b)))
-                lines.append(f"{a}+{b}={present[-1]}; {' '.join(present)}\n")
-        return "".join(lines)
-
-
-def _sentences(nouns: str, *templates: str) -> tuple[str, ...]:
-    return tuple(template.replace("NOUN", noun) for template in templates for noun in nouns.split())
-
-
-_SUMS = _sentences(
-    "apples nails books coins stones letters",
-    "A basket holds {} NOUN|, another {}| and one more {}|. How many NOUN are there?",
-    "Anna counts NOUN every day: {}|, {}| and {}|. How many NOUN has she counted?",
-    "There are {} NOUN on the table|, then {} more come| and at last {} more|. How many NOUN are there now?",
-    "A shop sells {} NOUN|, then {}| and then {}|. How many NOUN were sold?",
-)
-_CHECKSUM = _sentences(
-    "ticket parcel key bottle card",
-    "A NOUN has the digits {}|, {}| and {}|. What is the last digit of their sum?",
-    "The code of a NOUN is {}| {}| {}|. Add its digits and keep the last digit.",
-    "Add {}|, {}| and {}| modulo 10 to check the NOUN. What do you get?",
-)
-_CHAIN = _sentences(
-    "dial counter wheel clock",
-    "Let a NOUN work modulo 10: start with {}|, {}| and {}|. What is the result?",
-    "A NOUN works modulo 10 and shows {}. Now| {},| and {}|. What does it show?",
-    "A NOUN that works modulo 10 is set to {}|, then {}|, at last {}|. Where does it stop?",
-)
-_PLAIN = _sentences(
-    "pens cards shells eggs cups seeds",
-    "Tom has {} NOUN|, Ida has {}| and Sam has {}|. How many NOUN do they have together?",
-    "One box has {} NOUN|, the second {}| and the third {}|. How many NOUN are in the boxes?",
-    "{} red NOUN|, {} blue| and {} green NOUN|: how many is that?",
-)
-FAMILIES: dict[str, Family] = {
-    "sums": Family("sums", "add", 10, 99, range(3, 9), sentences=_SUMS),
-    "checksum": Family("checksum", "checksum", 0, 9, range(3, 11), modulus=10, sentences=_CHECKSUM),
-    "mod_chain": Family("mod_chain", "chain", 0, 9, range(4, 10), modulus=10, chain=True, sentences=_CHAIN),
-    "plain_sum": Family("plain_sum", "sum", 1, 30, range(3, 4), steps=False, sentences=_PLAIN),
-}
-WORDS = {family.word: family for family in FAMILIES.values()}
 
 
 def worked(question: str, trace: str, answer: str) -> str:
@@ -200,9 +65,9 @@ def problems(
     Raises ValueError if a name is unknown, a size impossible, or the split has fewer than `n` such problems.
 
     >>> [problem.question for problem in problems("plain_sum", "test", 2, seed=0)]
-    ['sum 7 8 20', 'sum 3 27 15']
+    ['sum 22 7 21', 'sum 3 23 25']
     >>> problems("plain_sum", "test", 1, seed=0, style="sentence")[0].question
-    '7 red shells, 8 blue and 20 green shells: how many is that?'
+    '22 red shells, 7 blue and 21 green shells: how many is that?'
     """
     kind = _known("family", family, FAMILIES)
     _known("split", split, FRACTIONS)
@@ -247,7 +112,7 @@ def _members(family: Family, size: int, split: str) -> tuple[list[Terms], np.nda
     """Every problem of a small space, with the number of orders that it can be drawn in."""
     numbers = [str(number) for number in range(family.low, family.high + 1)]
     everything = itertools.combinations_with_replacement(numbers, size)
-    members = [terms for terms in everything if hash_split(family.key(terms)) == split]
+    members = [terms for terms in everything if family.split(terms) == split]
     orders = [math.factorial(size) / math.prod(map(math.factorial, Counter(terms).values())) for terms in members]
     return members, np.array(orders)
 
@@ -259,36 +124,38 @@ def _stream(family: Family, size: int, split: str, rng: np.random.Generator) -> 
         for i in np.argsort(rng.exponential(size=len(members)) / orders):  # equal in law, and it comes to an end
             yield tuple(members[i][j] for j in rng.permutation(size))
         return
-    seen: set[str] = set()
+    seen: set[Terms] = set()
     misses = 0
     while misses < PATIENCE:
-        key = family.key(terms := family.draw(size, rng))
-        if key in seen or hash_split(key) != split:
+        terms = family.draw(size, rng)
+        same = terms if family.chain else tuple(sorted(terms))
+        if same in seen or family.split(terms) != split:
             misses += 1
         else:
-            seen.add(key)
+            seen.add(same)
             misses = 0
             yield terms
 
 
-def _parse(problem: Problem) -> tuple[Family, Terms]:
-    """Family and terms from the name alone, so that problems read back from a file can be checked as well."""
-    word, *terms = problem.name.partition(" / ")[0].split(" ")
-    family = WORDS.get(word)
-    if not family or len(terms) not in family.sizes or not (CHAIN if family.chain else LIST).fullmatch(" ".join(terms)):
-        raise ValueError(f"problem {problem.name!r} is not one of common.data.arithmetic")
-    return family, tuple(terms)
-
-
-def trace(problem: Problem, rng: np.random.Generator) -> str:
+def trace(problem: Problem, rng: np.random.Generator, *, training: bool = False) -> str | None:
     """The lines of a worked trace, drawn at random among the valid ones; "" where no steps are needed.
 
-    >>> print(trace(problems("sums", "train", 1, seed=0, sizes=[3])[0], np.random.default_rng(0)), end="")
-    71+71=142; 46 142
-    46+142=188; 188
+    Args:
+        training: draw a trace to train on, which passes through no problem that is held out. It is None in the rare
+            case that no such step is left: draw another problem.
+
+    Raises ValueError if the problem is to be trained on and is not in train.
+
+    >>> (problem,) = problems("sums", "train", 1, seed=0, sizes=[4])
+    >>> print(trace(problem, np.random.default_rng(0), training=True), end="")
+    56+92=148; 91 43 148
+    91+43=134; 148 134
+    148+134=282; 282
     """
-    family, terms = _parse(problem)
-    return family.work(terms, rng)
+    family, terms = parse(problem)
+    if training and (split := family.split(terms)) != "train":
+        raise ValueError(f"problem {problem.name!r} is in {split}: train on problems of the train split")
+    return family.work(terms, rng, training)
 
 
 class Verdict(NamedTuple):
@@ -319,7 +186,7 @@ def check_trace(problem: Problem, text: str) -> Verdict:
     said = ANSWER.fullmatch(lines[-1])
     answer = int(said[1]) if said else None
     try:
-        family, present = _parse(problem)
+        family, present = parse(problem)
     except ValueError as error:
         return Verdict(False, None, str(error), answer)
     steps = len(present) - 1 if family.steps else 0
@@ -394,12 +261,14 @@ def training_documents(
         family = kinds[place]
         size, in_words, template = rng.random(3).tolist()
         size = family.sizes[int(size * len(family.sizes))]
-        while hash_split(family.key(terms := family.draw(size, rng))) != split:
-            pass
+        lines = None
+        while lines is None:
+            terms = family.draw(size, rng)
+            lines = family.work(terms, rng, split == "train") if family.split(terms) == split else None
         if in_words < styles:
             question = family.say(terms, int(template * len(family.sentences)))
         else:
             question = " ".join([family.word, *terms])
-        text = worked(question, family.work(terms, rng), str(family.solve(terms)))
+        text = worked(question, lines, str(family.solve(terms)))
         documents.append(Document(f"{family.name} {split} {seed}.{i}", family.name, text))
     return documents

@@ -148,6 +148,38 @@ class BatchStream:
         }
 
 
+class RandomWindows:
+    """Windows at random places of one long text: every batch is a function of its number. No epochs, no documents.
+
+    What nanoGPT does. Simple, and some pairs are seen often while others are never seen: training in earnest takes BatchStream.
+    """
+
+    epoch = 0
+
+    def __init__(self, tokens: Sequence[int], *, length: int, batch_size: int, seed: int = 0) -> None:
+        if len(tokens) <= length:
+            raise ValueError(f"windows of {length} pairs need more than {length} tokens, got {len(tokens)}")
+        self.tokens = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+        self.length, self.batch_size, self.seed, self.number = length, batch_size, seed, 0
+
+    def next_batch(self) -> Batch:
+        """The next batch; the state is already that of the one after."""
+        rng = np.random.default_rng((self.seed, self.number))
+        places = rng.integers(0, len(self.tokens) - self.length, self.batch_size)
+        rows = self.tokens[torch.from_numpy(places)[:, None] + torch.arange(self.length + 1)]  # (B, T + 1)
+        self.number += 1
+        one = torch.ones(rows.shape[0], self.length, dtype=torch.int64)
+        return Batch(rows[:, :-1], rows[:, 1:], one.bool(), one)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["seed"] != self.seed:
+            raise ValueError(f"this state belongs to seed {state['seed']}, the stream has {self.seed}")
+        self.number = state["number"]
+
+
 def pack(sequences: Sequence[Int[Tensor, "N"]], length: int) -> tuple[list[Batch], Ledger]:
     """Whole documents into rows of `length` inputs, longest first, each into the fullest row that has room (best fit).
 

@@ -105,40 +105,29 @@ class Cached:
         self.model, self.max_tokens, self.device = model, max_tokens, device_of(model)
         self.cache: Cache | None = None
         self.held: list[Row] = []  # the rows in the cache, in its order; some may have ended
-        self.starts: list[int] = []  # where each of them was cut
 
     def __call__(self, rows: list[Row]) -> Float[Tensor, "B V"]:
-        if self.cache is None or self.cache.length == self.cache.capacity or self._moved():
+        # A row that outgrows the context starts elsewhere (context_start), and what is cached of it is worth nothing. The
+        # cache has at most `context_length` places, so it is full before that can happen.
+        if self.cache is None or self.cache.length == self.cache.capacity:
             return self._prefill(rows)
         live = [i for i, row in enumerate(self.held) if row.reason is None]
         # Copying the cache for each row that ends costs more than it saves; a quarter of the rows pays for the copy.
         if LEAVE * (len(self.held) - len(live)) >= len(self.held):
-            self.cache = self.cache.fork(live)
-            self.held, self.starts = [self.held[i] for i in live], [self.starts[i] for i in live]
-            live = list(range(len(live)))
+            self.cache, self.held = self.cache.fork(live), list(rows)
+            live = range(len(rows))
         # An ended row repeats its last token, and nobody reads what comes out. It cannot leave the table of learned
         # positions: the cache has no more places than that.
         newest = torch.tensor([[row.tokens[-1]] for row in self.held], device=self.device)  # (B, 1)
         logits = self.model(newest, cache=self.cache).logits[:, -1]
         return logits if len(live) == len(self.held) else logits[live]
 
-    def _moved(self) -> bool:
-        """Whether a row has outgrown the context since it was cut: positions change, and the cache is worth nothing."""
-        length = self.model.context_length
-        return any(
-            row.reason is None and context_start(len(row.tokens), length) != start
-            for row, start in zip(self.held, self.starts, strict=True)
-        )
-
     def _prefill(self, rows: list[Row]) -> Float[Tensor, "B V"]:
         """Read every distinct window once, then give each row a copy of what was read."""
-        length = self.model.context_length
-        self.held, self.starts = list(rows), [context_start(len(row.tokens), length) for row in rows]
-        number: dict[tuple[int, ...], int] = {}
-        which = [
-            number.setdefault(tuple(row.tokens[start:]), len(number))
-            for row, start in zip(rows, self.starts, strict=True)
-        ]
+        length, self.held = self.model.context_length, list(rows)
+        number: dict[tuple[int, ...], int] = {}  # of each distinct window
+        windows = (tuple(row.tokens[context_start(len(row.tokens), length) :]) for row in rows)
+        which = [number.setdefault(window, len(number)) for window in windows]
         ids, pad_mask = padded(list(number), left=True, device=self.device)  # (distinct, T)
         batch, width = ids.shape
         cache, ragged = self.model.new_cache(batch, width), bool(pad_mask.any())

@@ -76,6 +76,8 @@ class Engine:
                 "they do not belong together"
             )
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        if isinstance(model, torch.nn.Module):
+            model.eval()  # dropout would be drawn from a generator that belongs to nobody
         self.cached = cached and hasattr(model, "new_cache")
         self.end = tokenizer.specials[END_OF_TEXT]
 

@@ -168,19 +168,20 @@ class Transformer(nn.Module):
             routings.append(routing)
         if self.final_norm is not None:
             x = hidden[-1] = self.final_norm(x)
-        if not head:
-            if self.config.z_loss and self.training:
-                raise ValueError("z_loss needs the logits: train with head=True, or without z_loss")
-            return Output(None, hidden if "hidden" in want else [x], self._aux(x, routings, pad_mask))
-        logits = self.head(x)
-        if self.config.logit_softcap:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         if cache is not None:
             cache.advance(length)
+        logits = self.logits_of(x) if head else None
         aux = self._aux(logits, routings, pad_mask)
         if scene.weights is not None:
             aux["attention"] = scene.weights
-        return Output(logits, hidden if "hidden" in want else None, aux)
+        if not head and "hidden" not in want:
+            hidden = [x]
+        return Output(logits, hidden if "hidden" in want or not head else None, aux)
+
+    def logits_of(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... V"]:
+        """The head on the normed stream."""
+        cap, logits = self.config.logit_softcap, self.head(x)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def _embed(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         if (ids is None) == (embeds is None):
@@ -255,13 +256,15 @@ class Transformer(nn.Module):
             return x + sinusoidal_table(places, self.config.width).to(x.dtype)
         return x
 
-    def _aux(self, logits: Tensor, routings: list[Routing | None], pad_mask: Tensor | None) -> dict[str, Any]:
+    def _aux(self, logits: Tensor | None, routings: list[Routing | None], pad_mask: Tensor | None) -> dict[str, Any]:
         aux: dict[str, Any] = {"penalty": 0.0}
         if self.config.experts:
             aux["load"] = torch.stack([routing.load for routing in routings])  # (layers, experts)
             aux["balance"] = torch.stack([routing.balance for routing in routings]).mean()
             aux["penalty"] = self.config.balance_loss * aux["balance"]
         if self.config.z_loss and self.training:
+            if logits is None:
+                raise ValueError("z_loss needs the logits: train with head=True, or without z_loss")
             z = logits.float().logsumexp(dim=-1).square()  # PaLM, section 5: keeps logits from drifting
             z = z.flatten() if pad_mask is None else z[~pad_mask]
             aux["penalty"] = aux["penalty"] + self.config.z_loss * z.sum() / max(len(z), 1)

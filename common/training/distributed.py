@@ -88,5 +88,10 @@ class World:
 
 def inner(model: nn.Module) -> nn.Module:
     """The model itself, out of wrappers that put a prefix before every name: what is saved, and what names refer to."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return getattr(model, "_orig_mod", model)  # torch.compile (gallery: pretraining/compiled-names)
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile (gallery: pretraining/compiled-names)
+            model = model._orig_mod
+        else:
+            return model

@@ -56,8 +56,8 @@ class _ChunkedLoss(torch.autograd.Function):
         matrix, total = head.to(dtype), torch.zeros((), dtype=torch.float32, device=hidden.device)
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for some in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            rows = slice(int(some[0]), int(some[-1]) + 1)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
             x = hidden[rows].to(dtype)
             z = (x @ matrix.mT).float()  # (chunk, V)
             bend = None

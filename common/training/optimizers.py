@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.foundation.device import pick_device
+from common.training.distributed import inner
 
 
 class AdamW(torch.optim.Optimizer):
@@ -152,7 +153,7 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
 def groups_of(model: nn.Module) -> dict[Kind, dict[str, nn.Parameter]]:
     """Every parameter that is trained in exactly one group, tied ones once: kind -> name -> parameter."""
     groups: dict[Kind, dict[str, nn.Parameter]] = {"hidden": {}, "table": {}, "plain": {}}
-    for name, parameter in model.named_parameters():  # each tensor once, under its first name
+    for name, parameter in inner(model).named_parameters():  # each tensor once, under its first name
         if parameter.requires_grad:
             groups[kind_of(name, parameter)][name] = parameter
     return groups

@@ -16,7 +16,7 @@ def cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
     [0.5, 1.0, 1.0, 0.55, 0.13]
     """
     warmup = max(1, warmup)
-    rise, fall = min(1.0, (step + 1) / warmup), max(0.0, (step - warmup) / max(1, steps - warmup))
+    rise, fall = min(1.0, (step + 1) / warmup), min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
     half = (1 - floor) / 2
     return rise * (floor + half + half * math.cos(math.pi * fall))
 
@@ -33,7 +33,7 @@ def warmup_stable_decay(step: int, steps: int, warmup: int, floor: float = 0.0, 
     rise = min(1.0, (step + 1) / max(1, warmup))
     if step < begin:
         return rise
-    left = (steps - step) / (steps - begin + 1)
+    left = max(0.0, (steps - step) / (steps - begin + 1))  # beyond the end it must not turn negative
     return min(rise, floor + (1 - floor) * left)
 
 
@@ -51,6 +51,10 @@ class Schedule:
     warmup: int = 0
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "wsd", "constant"):
+            raise ValueError(f"schedule {self.kind!r} is unknown; there are cosine, wsd, constant")
 
     def __call__(self, step: int) -> float:
         if self.kind == "cosine":

@@ -12,6 +12,7 @@ ones use `torch.distributed.checkpoint` and can be read by any number of process
 import os
 import shutil
 import warnings
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from common.foundation.files import read_json, sha256_file, write_json
-from common.training.checkpoint import load_tensors, read_checkpoint, save_checkpoint
+from common.training.checkpoint import describe_model, load_tensors, read_checkpoint, save_checkpoint
 from common.training.distributed import inner
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Snapshots:
     """A folder of them, the newest `keep` of which stay."""
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep} snapshots would leave none to resume from: keep at least 1")
         self.folder, self.keep = Path(folder), keep
 
     def all(self) -> list[Path]:
@@ -62,12 +65,15 @@ class Snapshots:
             progress = {
                 **trainer.progress_state(),
                 "tokenizer": trainer.tokenizer.fingerprint,
+                "model": describe_model(model),
                 "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in files},
             }
             write_json(partial / "progress.json", progress)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
-            for old in self.all()[self.keep :]:  # gallery: pretraining/delete-before-write
+            # Not among the newer ones: those are damaged, and must not push out what is whole.
+            behind = [path for path in self.all() if path.name <= place.name]
+            for old in behind[self.keep :]:  # gallery: pretraining/delete-before-write
                 shutil.rmtree(old)
         self._meet(trainer)
         return place
@@ -97,19 +103,28 @@ class Snapshots:
                 f"{place} was trained with tokenizer {progress['tokenizer'][:12]}…, this training uses "
                 f"{trainer.tokenizer.fingerprint[:12]}…: remove the snapshots to begin anew, or take that tokenizer"
             )
+        there, here = progress["model"], describe_model(inner(trainer.model))
+        if there != here:  # not only shapes: another number of heads has the same
+            raise ValueError(f"{place} holds the model {there}, this training has {here}: resume with the model saved")
         if len(progress["counters"]) != len(trainer.optimizers.groups):
             raise ValueError(
                 f"{place} has {len(progress['counters'])} groups of parameters, the optimizer here "
                 f"{len(trainer.optimizers.groups)}: resume with the optimizer that was saved"
             )
+        # Everything is compared before anything is changed.
+        copy(trainer.stream).load_state_dict(progress["stream"])
         if (place / "shards").exists():
+            saved = dcp.FileSystemReader(place / "shards").read_metadata().state_dict_metadata
+            _compare(trainer, {name: tuple(there.size) for name, there in saved.items()}, place)
             with _quiet():  # by name, in place, into whatever layout is here
                 dcp.load(_tensors_of(trainer), checkpoint_id=place / "shards", no_dist=not dist.is_initialized())
         else:
-            tensors = read_checkpoint(place, trainer.tokenizer)[1]
-            state = safetensors.torch.load((place / "training.safetensors").read_bytes())
             if _is_sharded(trainer):
                 raise ValueError(f"{place} was saved whole: resume it without sharding, or begin anew")
+            tensors = read_checkpoint(place, trainer.tokenizer)[1]
+            state = safetensors.torch.load((place / "training.safetensors").read_bytes())
+            both = (("model", tensors), ("optimizer", state))
+            _compare(trainer, {f"{kind}/{n}": tuple(t.shape) for kind, part in both for n, t in part.items()}, place)
             load_tensors(inner(trainer.model), tensors, str(place))
             trainer.optimizers.load(state)
         trainer.optimizers.load_counters(progress["counters"])
@@ -136,6 +151,17 @@ def _tensors_of(trainer: "Trainer") -> dict[str, Tensor]:
     """Everything by name: what `torch.distributed.checkpoint` writes, and what it fills."""
     model = {f"model/{name}": p.detach() for name, p in inner(trainer.model).named_parameters()}
     return model | {f"optimizer/{name}": t for name, t in trainer.optimizers.state_tensors().items()}
+
+
+def _compare(trainer: "Trainer", saved: dict[str, tuple[int, ...]], place: Path) -> None:
+    """Raises ValueError if the snapshot's tensors are those of another model or optimizer."""
+    mine = {name: tuple(t.shape) for name, t in _tensors_of(trainer).items()}
+    wrong = [name for name in sorted(mine.keys() | saved.keys()) if mine.get(name) != saved.get(name)]
+    if wrong:
+        raise ValueError(
+            f"{place} does not fit, {len(wrong)} tensors: {wrong[0]} is {saved.get(wrong[0], 'missing')} in the snapshot "
+            f"and {mine.get(wrong[0], 'missing')} here. Resume with the model and optimizer that were saved."
+        )
 
 
 def _quiet() -> warnings.catch_warnings:

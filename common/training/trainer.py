@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.data.documents import Batch
 from common.data.stream import BatchStream
 from common.tokenization.protocol import Tokenizer
-from common.training.distributed import World
+from common.training.distributed import World, inner
 from common.training.loss import bits
 from common.training.objectives import NextToken, Objective, Prepared, loss_of
 from common.training.optimizers import Optimizers
@@ -68,7 +68,7 @@ class Trainer:
     Args:
         model: as the optimizers know it; wrapped by `World.wrap` where there are several processes.
         stream: of this process; see `BatchStream(rank=…, world_size=…)`.
-        evaluate: (model, updates done) -> numbers, called in evaluation mode. It must not use the stream.
+        evaluate: (model, updates done) -> numbers, called in evaluation mode without gradients. It must not use the stream.
         snapshots: where to save and to resume from.
         byte_lengths: (V,) bytes of each token; then bits per byte are logged beside nats per target.
         watch: called with each row of the history, also with those of before a resume.
@@ -99,8 +99,7 @@ class Trainer:
     evaluations: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # Which is the n-th batch? Objectives draw by it. It counts over all processes, so that it does not depend on them.
-        self._drawn = 0
+        self._drawn = 0  # batches of all processes together: objectives draw by the number, however many there are
         if self.snapshots is not None and self.tokenizer is None:
             raise ValueError("snapshots are bound to a tokenizer: give tokenizer=")
 
@@ -113,8 +112,6 @@ class Trainer:
         until = self.schedule.steps if until is None else until
         if self.snapshots is not None and self.done == 0:
             self.resume()
-        for row in [*self.history, *self.evaluations] if self.watch else []:
-            self.watch(row)
         if self.done == 0:
             self._evaluate()
         bar = tqdm(
@@ -144,7 +141,7 @@ class Trainer:
     def update(self) -> Row:
         """One step of the optimizers. Returns its row of the history."""
         self.model.train()
-        torch.manual_seed((self.settings.seed * 1_000_003 + self.done) * self.world.size + self.world.rank)
+        self._seed()
         rate = self.schedule(self.done)
         self.optimizers.set_rate(rate)
         prepared = [self._draw() for _ in range(self.settings.accumulate)]
@@ -167,7 +164,9 @@ class Trainer:
         norm = self.clip_gradients()
         mean = float(nats / targets)
         if not math.isfinite(mean) or not math.isfinite(norm):  # gallery: pretraining/skipped-nan
-            raise TrainingDiverged(self._diagnosis(prepared, mean, norm))
+            said = self._diagnosis(prepared, mean, norm)
+            self.optimizers.zero_grad()
+            raise TrainingDiverged(said)
         self.optimizers.step()
         self.optimizers.zero_grad()
         self.done += 1
@@ -200,7 +199,10 @@ class Trainer:
     def resume(self) -> bool:
         """Continue from the newest whole snapshot; False if there is none."""
         assert self.snapshots is not None
-        return self.snapshots.load_newest(self)
+        found = self.snapshots.load_newest(self)
+        for row in [*self.history, *self.evaluations] if found and self.watch else []:
+            self.watch(row)
+        return found
 
     def progress_state(self) -> dict[str, Any]:
         """What a snapshot keeps beside tensors: plain values."""
@@ -219,9 +221,13 @@ class Trainer:
         self.history, self.evaluations = list(state["history"]), list(state["evaluations"])
 
     def _draw(self) -> Prepared:
-        number = self._drawn * self.world.size + self.world.rank
-        self._drawn += 1
+        number = self._drawn + self.world.rank
+        self._drawn += self.world.size
         return self.objective.prepare(self.stream.next_batch(), number)
+
+    def _seed(self) -> None:
+        """Dropout is a function of the update and the process."""
+        torch.manual_seed((self.settings.seed * 1_000_003 + self.done) * self.world.size + self.world.rank)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         dtype = self.settings.dtype
@@ -231,7 +237,8 @@ class Trainer:
         if self.evaluate is None:
             return
         self.model.eval()  # gallery: pretraining/evaluation-in-training-mode
-        row = {"step": self.done, **self.evaluate(self.model, self.done)}
+        with torch.no_grad():
+            row = {"step": self.done, **self.evaluate(self.model, self.done)}
         self.evaluations.append(row)
         if self.watch:
             self.watch(row)
@@ -247,7 +254,9 @@ class Trainer:
         return shown
 
     def _diagnosis(self, prepared: list[Prepared], mean: float, norm: float) -> str:
-        """Where it began: the first module whose output is not finite, or else the first parameter with such a gradient."""
+        """Where it began: the first module whose output is not finite, or else the loss, or else a gradient."""
+        self._seed()  # the same dropout once more
+        model = inner(self.model)
         found: list[str] = []
 
         def look(name: str) -> Callable:
@@ -258,23 +267,22 @@ class Trainer:
 
             return hook
 
-        hooks = [
-            module.register_forward_hook(look(name or "the logits")) for name, module in self.model.named_modules()
-        ]
+        hooks = [module.register_forward_hook(look(name or "the model")) for name, module in model.named_modules()]
         device = next(self.model.parameters()).device
         with torch.no_grad(), self._autocast(device):
             for one in prepared:
                 loss_of(self.model, _to(one, device))
         for hook in hooks:
             hook.remove()
-        bad = [name for name, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        where = (
-            f"first in the output of {found[0]}"
-            if found
-            else f"first in the gradient of {bad[0] if bad else 'nothing'}"
-        )
+        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        where = f"first in the gradient of {bad[0] if bad else 'nothing'}"
+        if found:
+            where = f"first in the output of {found[0]}"
+        elif not math.isfinite(mean):
+            where = "first in the loss: all outputs in this process are finite"
         return (
-            f"update {self.done}: loss {mean}, gradient norm {norm}, {where}; batches {self._drawn - len(prepared)} to "
+            f"update {self.done}: loss {mean}, gradient norm {norm}, {where}; batches "
+            f"{self._drawn - len(prepared) * self.world.size} to "
             f"{self._drawn - 1} of the stream (epoch {self.stream.epoch}). The weights are unchanged. Lower the learning "
             "rate, lengthen the warm-up, or look at these batches."
         )

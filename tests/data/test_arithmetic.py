@@ -1,5 +1,6 @@
 """Procedural arithmetic: every drawn trace is valid, every touched one is not, and nothing crosses a split."""
 
+import itertools
 import math
 import re
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.arithmetic import FAMILIES, Verdict, check_trace, problems, trace, training_documents, worked
+from common.data.documents import Document
 from common.data.problems import Problem
 from common.data.split import FRACTIONS, hash_split
 
@@ -29,23 +31,48 @@ def completion(problem, seed=0):
     return text[len(problem.question) + 1 :]
 
 
-def key(problem):
-    """Written out again: what may not be in two splits."""
-    plain = problem.name.split(" / ")[0]
-    return f"mod_chain {plain[6:]}" if problem.family == "mod_chain" else (problem.family, *sorted(problem.numbers))
+def read(family, question):
+    """The terms of a question in either style, read as a person would: ['3', '+4', '*7', '-2'] or ['47', '16', '82']."""
+    text = question.replace("modulo 10", "")
+    if family != "mod_chain":
+        return re.findall(r"\d+", text)
+    for verb, sign in (("add ", "+"), ("subtract ", "-"), ("multiply by ", "*")):
+        text = text.replace(verb, sign)
+    return re.findall(r"[+*-]?\d+", text)
+
+
+def dial(terms):
+    """A remainder taken once at the end equals one taken after every step."""
+    start, *rest = terms
+    return eval("(" * len(rest) + start + "".join(f"{term})" for term in rest)) % 10
+
+
+def key(terms):
+    """Written out again, as documented: sorted numbers, or the four terms that a chain comes down to."""
+    if all(term.isdigit() for term in terms):
+        return " ".join(map(str, sorted(map(int, terms))))
+    return " ".join([str(dial(terms[:-3])), *terms[-3:]])
+
+
+def form(terms):
+    """What makes two problems the same: the numbers of a list in any order, a chain as it stands."""
+    return tuple(sorted(terms) if all(term.isdigit() for term in terms) else terms)
+
+
+def passed(document):
+    """What a document states and what is left after each of its steps, as terms, while it is as long as a problem."""
+    question, *lines, last = document.text.split("\n")
+    assert last.startswith("answer ")
+    smallest = 4 if document.group == "mod_chain" else 3
+    lists = [read(document.group, question), *(line.split("; ")[1].split(" ") for line in lines)]
+    return [terms for terms in lists if len(terms) >= smallest]
 
 
 def independent_answer(problem):
-    """From the question alone, by reading it as a person would."""
-    if problem.family != "mod_chain":
-        numbers = [int(n) for n in re.findall(r"\d+", problem.question.replace("modulo 10", ""))]
-        return sum(numbers) % (10 if problem.family == "checksum" else 10**9)
-    text = problem.question.replace("modulo 10", "")
-    for verb, sign in (("add ", "+"), ("subtract ", "-"), ("multiply by ", "*")):
-        text = text.replace(verb, sign)
-    start, *rest = re.findall(r"[+*-]?\d+", text)
-    code = "(" * len(rest) + start + "".join(f"{term})" for term in rest)
-    return eval(code) % 10  # a remainder taken once at the end equals one taken after every step
+    terms = read(problem.family, problem.question)
+    if problem.family == "mod_chain":
+        return dial(terms)
+    return sum(map(int, terms)) % (10 if problem.family == "checksum" else 10**9)
 
 
 @settings(max_examples=150, deadline=None)
@@ -179,42 +206,123 @@ def test_unicode_digits_and_leading_zeros_are_not_numbers():
 
 @settings(max_examples=100, deadline=None)
 @given(families, seeds, st.randoms())
-def test_order_of_the_numbers_does_not_change_the_split(family, seed, random):
+def test_the_split_goes_by_the_documented_key_in_any_order(family, seed, random):
     kind = FAMILIES[family]
     terms = kind.draw(kind.sizes[-1], np.random.default_rng(seed))
     shuffled = list(terms)
     random.shuffle(shuffled)
-    if kind.chain:
-        assert kind.key(terms) == f"mod_chain {' '.join(terms)}"
-    else:
+    if not kind.chain:
         assert kind.key(tuple(shuffled)) == kind.key(terms)
-        assert sorted(map(int, terms)) == [int(term) for term in kind.key(terms).split()[1:]]
+    assert kind.key(terms) == key(terms)
+    assert kind.split(terms) == hash_split(key(terms))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_splits_share_no_problem_and_documents_stay_in_theirs(family):
     numbers = {}
     for split in FRACTIONS:
-        posed = {key(problem) for problem in draw(family, 0, 25 if family == "checksum" else 400, split)}
-        posed |= {key(problem) for problem in draw(family, 1, 300, split, "sentence")}
-        for document in training_documents(split, 3000, 0, families={family: 1}, styles=0):
-            plain = document.text.split("\n")[0]
-            terms = plain.split()[1:]
-            posed.add(key(Problem(plain, 0, "", "", family, tuple(int(t.lstrip("+-*")) for t in terms))))
+        asked = draw(family, 0, 25 if family == "checksum" else 400, split) + draw(family, 1, 300, split, "sentence")
+        posed = {key(read(family, problem.question)) for problem in asked}
+        for document in training_documents(split, 3000, 0, families={family: 1}):
+            posed.add(key(passed(document)[0]))
         numbers[split] = posed
     assert not numbers["train"] & numbers["validation"]
     assert not numbers["train"] & numbers["test"]
     assert not numbers["validation"] & numbers["test"]
     for split, posed in numbers.items():
         assert len(posed) > 300
-        assert all(hash_split(k if isinstance(k, str) else " ".join(map(str, k))) == split for k in posed)
+        assert all(hash_split(k) == split for k in posed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("styles", [0, 1])
+def test_all_that_a_training_document_passes_through_is_in_train(family, styles):
+    lists = [passed(document) for document in training_documents("train", 5000, 7, families={family: 1}, styles=styles)]
+    assert all(hash_split(key(terms)) == "train" for document in lists for terms in document)
+    longest = {"sums": 6, "checksum": 8, "mod_chain": 6, "plain_sum": 1}[family]
+    assert {len(document) for document in lists} == set(range(1, longest + 1))
+
+
+def held_out(split):
+    """Posed problems of all families; small spaces as a whole, or nearly."""
+    found = problems("checksum", split, 270, 0, sizes=[3, 4, 5]) + problems("plain_sum", split, 450, 0)
+    for family, size in (("sums", 3), ("mod_chain", 4), ("sums", 4), ("mod_chain", 5)):
+        found += problems(family, split, 4000, 0, sizes=[size])
+    return {form(problem.name.split(" ")[1:]) for problem in found}
+
+
+def test_no_problem_of_another_split_is_solved_in_passing():
+    """Without keys: what is asked elsewhere, in whatever family, does not occur. Traces of evaluation do meet it."""
+    elsewhere = held_out("validation") | held_out("test")
+    documents = training_documents("train", 20_000, 1)
+    assert not elsewhere & {form(terms) for document in documents for terms in passed(document)}
+    rng = np.random.default_rng(0)
+    for family, sizes in (("sums", [4]), ("checksum", [4, 5])):
+        for training in (True, False):
+            found = set()
+            for problem in problems(family, "train", 1500, 2, sizes=sizes):
+                if (text := trace(problem, rng, training=training)) is not None:
+                    document = Document("", family, worked(problem.question, text, problem.answer))
+                    found |= {form(terms) for terms in passed(document)}
+            assert bool(elsewhere & found) == (not training)
+
+
+def after(problem):
+    """First step of a sums or checksum problem -> whether what it leaves is in train."""
+    left = {}
+    for i, j in itertools.combinations(range(len(problem.numbers)), 2):
+        a, b = problem.numbers[i], problem.numbers[j]
+        others = [n for place, n in enumerate(problem.numbers) if place not in (i, j)]
+        result = (a + b) % 10 if problem.family == "checksum" else a + b
+        left[f"{a}+{b}"] = hash_split(key([str(n) for n in (*others, result)])) == "train"
+    return left
+
+
+def test_the_rule_leaves_the_paths_nearly_as_they_are():
+    """It takes away about as many steps as are held out, evenly: by place, every pair stays equally likely."""
+    for family, sizes in (("sums", [4, 5, 6, 7, 8]), ("checksum", [5, 6])):
+        shares = [np.mean([*after(problem).values()]) for problem in problems(family, "train", 1500, 0, sizes=sizes)]
+        assert np.mean(shares) == pytest.approx(0.8, abs=0.03)
+    places = []
+    for document in training_documents("train", 25_000, 0, families={"sums": 1}, styles=0):
+        question, first, *_ = document.text.split("\n")
+        numbers = question.split(" ")[1:]
+        if len(numbers) == len(set(numbers)) == 5:
+            places.append(tuple(numbers.index(n) for n in first.split("=")[0].split("+")))
+    for pair in itertools.combinations(range(5), 2):
+        assert places.count(pair) / len(places) == pytest.approx(0.1, abs=0.02)
+
+
+def test_training_traces_pick_evenly_among_the_steps_that_stay_in_train():
+    problem = next(p for p in problems("sums", "train", 500, 0, sizes=[4]) if 3 <= sum(after(p).values()) <= 4)
+    allowed = after(problem)
+    rng = np.random.default_rng(0)
+    firsts = [trace(problem, rng, training=True).split("=")[0] for _ in range(3000)]
+    for pair, stays in allowed.items():
+        assert firsts.count(pair) / 3000 == pytest.approx(stays / sum(allowed.values()), abs=0.04)
+
+
+def test_a_training_trace_is_of_a_train_problem_and_may_not_exist():
+    rng = np.random.default_rng(0)
+    for family in FAMILIES:
+        (problem,) = draw(family, split="test")
+        with pytest.raises(ValueError, match=f"problem {re.escape(repr(problem.name))} is in test"):
+            trace(problem, rng, training=True)
+        assert check_trace(problem, completion(problem)).ok
+    assert all(trace(problem, rng, training=True) for problem in draw("mod_chain", n=300))
+    fours = problems("checksum", "train", 500, 0, sizes=[4])
+    stuck = [problem for problem in fours if not any(after(problem).values())]
+    assert stuck
+    assert stuck == [problem for problem in fours if trace(problem, rng, training=True) is None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sample_is_a_prefix_distinct_and_the_same_in_both_styles(family):
     many, few = draw(family, 3, 300), draw(family, 3, 17)
     assert many[:17] == few
-    assert len({key(problem) for problem in many}) == len({problem.index for problem in many}) == 300
+    assert (
+        len({form(problem.name.split(" ")[1:]) for problem in many}) == len({problem.index for problem in many}) == 300
+    )
     assert draw(family, 4, 17) != few
     told = draw(family, 3, 300, style="sentence")
     assert [(p.numbers, p.answer) for p in told] == [(p.numbers, p.answer) for p in many]
@@ -234,10 +342,7 @@ def test_small_spaces_can_be_used_up_and_no_further():
     total = 0
     for split in FRACTIONS:
         available = sum(
-            hash_split(f"plain_sum {a} {b} {c}") == split
-            for a in range(1, 31)
-            for b in range(a, 31)
-            for c in range(b, 31)
+            hash_split(f"{a} {b} {c}") == split for a in range(1, 31) for b in range(a, 31) for c in range(b, 31)
         )
         assert len(problems("plain_sum", split, available, 0)) == available
         with pytest.raises(ValueError, match=f"has {available} {split} problems"):

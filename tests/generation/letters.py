@@ -3,6 +3,7 @@
 import torch
 
 from common.model.config import ModelConfig
+from common.model.output import is_bounded
 from common.model.transformer import Transformer
 from common.tokenization.protocol import END_OF_TEXT
 
@@ -54,16 +55,18 @@ RAGGED = prompts_of(1, 5, CONTEXT, 3, 2 * CONTEXT + 5, 5, 9)
 
 
 class Watched:
-    """A model that keeps the shape of each input; it has a cache if the model has one."""
+    """A model that keeps each input, its shape and its real tokens; it has a cache if the model has one."""
 
     def __init__(self, model):
         self.model, self.shapes, self.shown = model, [], []
-        self.vocab_size, self.context_length, self.bounded = model.vocab_size, model.context_length, model.bounded
+        self.vocab_size, self.context_length = model.vocab_size, model.context_length
+        self.bounded = is_bounded(model)
         if hasattr(model, "new_cache"):
             self.new_cache = model.new_cache
 
     def __call__(self, ids, **more):
         self.shapes.append(tuple(ids.shape))
         pads = more.get("pad_mask")
-        self.shown.append([row[~pad].tolist() for row, pad in zip(ids, pads, strict=True)] if pads is not None else ids)
+        pads = torch.zeros_like(ids, dtype=torch.bool) if pads is None else pads
+        self.shown.append([row[~pad].tolist() for row, pad in zip(ids, pads, strict=True)])
         return self.model(ids, **more)

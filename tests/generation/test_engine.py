@@ -25,6 +25,7 @@ def test_a_sample_depends_on_seed_prompt_and_number_only(adder):
     assert [[c.ids for c in row] for row in small] == [[c.ids for c in row] for row in whole]
     fewer = adder.generate(prompts, SamplingParams(**{**WARM.__dict__, "n": 1}))
     assert [row[0].ids for row in fewer] == [row[0].ids for row in whole]
+    assert len({tuple(c.ids) for c in whole[1]}) == 3, "samples of one prompt are different draws"
     assert [c.ids for c in whole[0]] != [c.ids for c in adder.generate(prompts, SamplingParams(max_tokens=12, n=3))[0]]
 
 

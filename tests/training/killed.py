@@ -1,0 +1,99 @@
+"""A training that is killed again and again, in children of a process that has imported torch and trained nothing.
+
+    python -m tests.training.killed FOLDER      writes FOLDER/undisturbed.json, FOLDER/killed.json and the weights of both
+
+Half of the kills come at a moment chosen at random, the other half while a snapshot is being written.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from common.foundation.files import read_json, sha256_file, write_json
+from common.training.checkpoint import save_checkpoint
+from common.training.objectives import Prefix
+from common.training.snapshots import Snapshots
+from tests.training.tiny import CONFIG, V, Words, stream_of, trainer_of
+
+KILLS, STEPS = 20, 80
+
+
+def train(snapshots, done):
+    """To the end, or as far as it gets. Its objective, dropout and optimizer all depend on what came before."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")  # also that a damaged snapshot was passed over: there must be none
+    trainer = trainer_of(
+        config=CONFIG.but(dropout=0.1),
+        kind="muon",
+        stream=stream_of(4, count=400),  # an epoch is 13 batches: several of them
+        objective=Prefix(),
+        steps=STEPS,
+        accumulate=2,
+        byte_lengths=torch.ones(V),
+        evaluate=lambda model, step: {"sum": float(sum(p.detach().sum() for p in model.parameters()))},
+        evaluate_every=7,
+        save_every=2,
+        snapshots=Snapshots(snapshots),
+        tokenizer=Words(),
+    ).train()
+    save_checkpoint(done, trainer.model, Words())
+    write_json(done / "rows.json", {"history": trainer.history, "evaluations": trainer.evaluations})
+
+
+def child(snapshots, done):
+    """Its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        train(snapshots, done)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def partial(snapshots):
+    """The snapshots that are being written, or were when their process died."""
+    return {(path.name, path.stat().st_ctime_ns) for path in snapshots.glob(".*.partial") if path.exists()}
+
+
+def kill(pid, snapshots, saving, rng):
+    """Kill it when it saves for the first or second time, or soon after a whole snapshot; False if it had ended."""
+    for _ in range(rng.choice((1, 1, 2)) if saving else 1):
+        before = partial(snapshots) if saving else Snapshots(snapshots).all()[:1]
+        while (partial(snapshots) if saving else Snapshots(snapshots).all()[:1]) in (before, set(), []):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            time.sleep(0.0005)
+    time.sleep(rng.uniform(0, 0.02 if saving else 0.04))
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def main(folder):
+    rng = random.Random(0)
+    trainer_of()  # imports what comes late, once
+    assert os.waitpid(child(folder / "calm", folder / "undisturbed"), 0)[1] == 0
+    snapshots, seen = folder / "restless", []
+    for number in range(KILLS):
+        pid = child(snapshots, folder / "killed")
+        if not kill(pid, snapshots, number % 2 == 1, rng):
+            break
+        whole = Snapshots(snapshots).all()
+        for name, digest in read_json(whole[0] / "progress.json")["files"].items() if whole else ():
+            assert sha256_file(whole[0] / name) == digest, "a snapshot with a name is whole"
+        seen.append([whole[0].name if whole else None, sorted(name for name, _ in partial(snapshots))])
+    assert os.waitpid(child(snapshots, folder / "killed"), 0)[1] == 0
+    write_json(folder / "seen.json", seen)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
