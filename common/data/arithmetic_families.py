@@ -59,10 +59,11 @@ class Family:
         return tuple(numbers)
 
     def key(self, terms: Terms) -> str:
-        """What the split is a function of: the sorted numbers, whatever the family, for `add 12 20 30` gives away `sum 12 20 30`.
+        """What the split is a function of.
 
-        The order of a chain matters, and it can be worked in one way only. So a chain goes by the shortest chain of
-        its family that it comes down to: `1 +2 +4 *7 -2` by `3 +4 *7 -2`.
+        The sorted numbers, whatever the family, for `add 12 20 30` gives away `sum 12 20 30`. In a chain the order
+        matters, and it is worked in one way only: so it goes by the shortest chain of its family that it comes down to,
+        `1 +2 +4 *7 -2` by `3 +4 *7 -2`.
 
         >>> FAMILIES["sums"].key(("82", "47", "16")), FAMILIES["mod_chain"].key(("1", "+2", "+4", "*7", "-2"))
         ('16 47 82', '3 +4 *7 -2')
@@ -167,7 +168,6 @@ FAMILIES: dict[str, Family] = {
     "mod_chain": Family("mod_chain", "chain", 0, 9, range(4, 10), modulus=10, chain=True, sentences=_CHAIN),
     "plain_sum": Family("plain_sum", "sum", 1, 30, range(3, 4), steps=False, sentences=_PLAIN),
 }
-WORDS = {family.word: family for family in FAMILIES.values()}
 WORDS = {family.word: family for family in FAMILIES.values()}
 
 

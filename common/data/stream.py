@@ -151,7 +151,7 @@ class BatchStream:
 class RandomWindows:
     """Windows at random places of one long text: every batch is a function of its number. No epochs, no documents.
 
-    What nanoGPT does. Simple, and some pairs are seen often while others are never seen: training in earnest takes BatchStream.
+    What nanoGPT does. Simple, and some pairs are seen often while others are never seen.
     """
 
     epoch = 0

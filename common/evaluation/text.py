@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from common.data.documents import Document, scoring_batches, tokenize_documents
 from common.foundation.statistics import Interval, mean_ci
-from common.generation.decode import LOGITS_AT_ONCE
+from common.generation.decode import LOGITS_AT_ONCE, device_of
 from common.model.output import LanguageModel, is_bounded
 from common.tokenization.protocol import Tokenizer
 from common.training.loss import bits, token_nats
@@ -50,6 +52,11 @@ class TextScore:
         return parts
 
 
+def token_sizes(tokenizer: Tokenizer) -> Int[Tensor, "V"]:
+    """Raw bytes of each token, also where they are no whole character; a special token carries none and is not scored."""
+    return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+
+
 @torch.inference_mode()
 def score_documents(
     model: LanguageModel, tokenizer: Tokenizer, documents: Sequence[Document], *, length: int = 4096
@@ -68,8 +75,7 @@ def score_documents(
     if empty or not documents:
         raise ValueError(f"nothing to score: {'no documents' if not documents else f'{empty[0]} is empty'}")
     sequences = tokenize_documents(documents, tokenizer)
-    # Raw bytes of each token; a special token carries none and is not scored.
-    sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    sizes, device = token_sizes(tokenizer), device_of(model)
     nats = torch.zeros(len(documents), dtype=torch.float64)
     count = torch.zeros(len(documents), dtype=torch.int64)
     tokens = torch.zeros(len(documents), dtype=torch.int64)
@@ -80,7 +86,7 @@ def score_documents(
         overlap = length // 2
     batch_tokens = min(16_384, LOGITS_AT_ONCE // model.vocab_size)
     for batch in scoring_batches(sequences, length=length, overlap=overlap, batch_tokens=batch_tokens):
-        logits = model(batch.inputs, document_ids=batch.document_ids).logits
+        logits = model(batch.inputs.to(device), document_ids=batch.document_ids.to(device)).logits.cpu()
         scored = batch.loss_mask & (sizes[batch.targets] > 0)
         owner = batch.document_ids[scored]
         nats.index_add_(0, owner, token_nats(logits, batch.targets)[scored].double())

@@ -18,6 +18,7 @@ def claim(
     better: Literal["higher", "lower"] = "higher",
     unit: str = "",
     cost: Mapping[str, Any] | None = None,
+    clock: bool = False,
 ) -> dict[str, Any]:
     """State a claim and check it: the whole interval of `value` must lie on the better side of that of `control`.
 
@@ -26,6 +27,7 @@ def claim(
         value: the measured number. A bare float is exact (a count, an invariant) and has no interval.
         control: what the number is with the mechanism switched off, shuffled or random.
         cost: what the value cost, such as {"tokens": 120_000}; deterministic numbers only, they are printed.
+        clock: the value was read off a clock.
     Returns:
         The claim as plain JSON values, for a summary.
     Raises:
@@ -50,12 +52,19 @@ def claim(
         "better": better,
         "unit": unit,
         "cost": dict(cost or {}),
+        **({"clock": True} if clock else {}),
     }
 
 
-def number(name: str, value: Interval | PairedDifference | float, unit: str, note: str = "") -> dict[str, Any]:
-    """One row of a summary's `numbers`, as the report and the README tables show it."""
-    return {"name": name, "value": _plain(value), "unit": unit, "note": note}
+def number(
+    name: str, value: Interval | PairedDifference | float, unit: str, note: str = "", *, clock: bool = False
+) -> dict[str, Any]:
+    """One row of a summary's `numbers`, as the report and the README tables show it.
+
+    Args:
+        clock: the value was read off a clock, so another run will have another one.
+    """
+    return {"name": name, "value": _plain(value), "unit": unit, "note": note, **({"clock": True} if clock else {})}
 
 
 def _ends(value: Interval | PairedDifference | float) -> tuple[float, float]:

@@ -48,27 +48,38 @@ def use_style() -> None:
 
 
 def curves(
-    x: Sequence[float],
+    x: Sequence[float] | Mapping[str, Sequence[float]],
     lines: Mapping[str, Sequence[Interval | float]],
     *,
     title: str,
     xlabel: str,
     ylabel: str,
     level: tuple[str, float] | None = None,
+    logarithmic: str = "",
 ) -> Figure:
-    """Lines over x, with error bars where the values are Intervals. `level` is a labelled horizontal line."""
+    """Lines over x, with error bars where the values are Intervals.
+
+    Args:
+        x: places for all lines, or for each its own by label.
+        level: a labelled horizontal line.
+        logarithmic: axes with powers of ten: "x", "y" or "xy".
+    """
     use_style()
     figure, axes = plt.subplots()
     styles = itertools.cycle(zip(COLOURS, DASHES, MARKERS, strict=True))
     for (label, values), (colour, dash, marker) in zip(lines.items(), styles, strict=False):
-        means = [_mean(value) for value in values]
-        axes.plot(x, means, color=colour, linestyle=dash, marker=marker, label=label)
+        means, places = [_mean(value) for value in values], x[label] if isinstance(x, Mapping) else x
+        mark = marker if len(places) <= 40 else None
+        axes.plot(places, means, color=colour, linestyle=dash, marker=mark, label=label)
         if any(isinstance(value, Interval) for value in values):
-            axes.errorbar(x, means, yerr=_errors(values), fmt="none", ecolor=colour, capsize=3)
+            axes.errorbar(places, means, yerr=_errors(values), fmt="none", ecolor=colour, capsize=3)
+    for name in logarithmic:
+        getattr(axes, f"set_{name}scale")("log")
     if level:
         axes.axhline(level[1], color="0.35", linewidth=1, linestyle=":", label=level[0])
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    if all(float(value).is_integer() for value in x):
+    every = [value for places in x.values() for value in places] if isinstance(x, Mapping) else x
+    if "x" not in logarithmic and all(float(value).is_integer() for value in every):
         axes.xaxis.get_major_locator().set_params(integer=True)
     if len(lines) > 4:  # many labels cover the lines: beside the plot instead
         figure.legend(loc="outside right center", fontsize=9)

@@ -77,6 +77,11 @@ class World:
         dist.all_reduce(value)
         return value
 
+    def meet(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
     def only_sync_if(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Exchange gradients with the last micro-batch alone; before it they add up in each process."""
         if isinstance(model, FSDPModule):

@@ -64,10 +64,16 @@ class Schedule:
         return min(1.0, (step + 1) / max(1, self.warmup))
 
 
-def range_test_rates(low: float, high: float, steps: int) -> list[float]:
-    """Rates from `low` to `high`, each a constant factor above the last: one training step each (Smith 2015).
+@dataclass(frozen=True)
+class RateRange:
+    """From `lowest` to 1 by a constant factor a step: the rate at which the loss turns up is too high (Smith 2015).
 
-    >>> [round(rate, 4) for rate in range_test_rates(0.001, 0.1, 3)]
-    [0.001, 0.01, 0.1]
+    >>> [round(RateRange(0.01, 3)(step), 3) for step in range(3)]
+    [0.01, 0.1, 1.0]
     """
-    return [low * (high / low) ** (i / max(1, steps - 1)) for i in range(steps)]
+
+    lowest: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.lowest ** (1 - step / max(1, self.steps - 1))

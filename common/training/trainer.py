@@ -279,7 +279,8 @@ class Trainer:
         if found:
             where = f"first in the output of {found[0]}"
         elif not math.isfinite(mean):
-            where = "first in the loss: all outputs in this process are finite"
+            other = "" if self.world.size == 1 else ", or in another process"
+            where = f"first in the loss{other}: all outputs here are finite"
         return (
             f"update {self.done}: loss {mean}, gradient norm {norm}, {where}; batches "
             f"{self._drawn - len(prepared) * self.world.size} to "

@@ -351,6 +351,17 @@ def test_small_spaces_can_be_used_up_and_no_further():
     assert total == math.comb(32, 3)
 
 
+@pytest.mark.parametrize("listed", [0, 150_000])
+def test_an_order_of_the_same_numbers_is_no_new_problem(monkeypatch, listed):
+    monkeypatch.setattr("common.data.arithmetic.LISTED", listed)
+    threes = [[str(n) for n in numbers] for numbers in itertools.combinations_with_replacement(range(10), 3)]
+    available = {form(numbers) for numbers in threes if hash_split(key(numbers)) == "test"}
+    found = problems("checksum", "test", len(available), 0, sizes=[3])
+    assert {form(problem.name.split(" ")[1:]) for problem in found} == available
+    with pytest.raises(ValueError, match=f"has {len(available)} test problems"):
+        problems("checksum", "test", len(available) + 1, 0, sizes=[3])
+
+
 def test_a_listed_space_is_drawn_like_a_sampled_one():
     """Digits drawn one by one repeat less often than a uniform choice among the listed checksums would (0.45)."""
     firsts = [problems("checksum", "train", 1, seed, sizes=[3])[0].numbers for seed in range(1500)]

@@ -47,12 +47,12 @@ NANOGPT = Recipe()
 OURS = Recipe("llama", "muon", 4e-3, 24, "bfloat16", warmup=20, kind="wsd")
 # One choice taken back at a time.
 WITHOUT = {
-    "ours": {},
-    "fp32": {"dtype": "float32"},
-    "nanoGPT's architecture": {"architecture": "gpt2"},
-    "AdamW": {"optimizer": "adamw"},
-    "rate 1e-3": {"learning_rate": 1e-3},
+    "in fp32": replace(OURS, dtype="float32"),
+    "with nanoGPT's architecture": replace(OURS, architecture="gpt2"),
+    "with AdamW": replace(OURS, optimizer="adamw"),
+    "with nanoGPT's learning rate": replace(OURS, learning_rate=1e-3),
 }
+RECIPES = {"nanoGPT": NANOGPT, "ours": OURS, "ours, longer": OURS, **WITHOUT}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Characters:
     def of_shakespeare(cls) -> "Characters":
         text = tiny_shakespeare()
         alphabet = "".join(sorted(set(text)))
-        ids = np.array([alphabet.index(c) for c in alphabet])[np.searchsorted(list(alphabet), list(text))]
+        ids = np.searchsorted(list(alphabet), list(text))
         cut = int(0.9 * len(ids))
         return cls(ids[:cut], ids[cut:], alphabet)
 
@@ -122,8 +122,3 @@ def run_recipe(
     settings = Settings(dtype=getattr(torch, recipe.dtype), evaluate_every=every)
     Trainer(model, stream, optimizers, schedule, settings, evaluate=score, label="classic").train()
     return {"curve": curve, "nats": curve[-1]["nats"], "cpu_seconds": curve[-1]["cpu_seconds"]}
-
-
-def without(name: str) -> Recipe:
-    """Our recipe with one choice taken back."""
-    return replace(OURS, **WITHOUT[name])

@@ -1,0 +1,164 @@
+"""May: pretrain the base model of the year, and find out what a training is made of.
+
+Several processes: torchrun --nproc-per-node 2 05_pretraining/run.py --parallel data (or shards).
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from common.data.stream import BatchStream
+from common.evaluation.text import token_sizes
+from common.foundation.device import Device, pick_device
+from common.foundation.run import Run, announce, needed, run_directory, script
+from common.model.config import ModelConfig
+from common.model.transformer import Transformer
+from common.studies import base, trials
+from common.tokenization.bpe import BPETokenizer
+from common.tokenization.protocol import END_OF_TEXT
+from common.training.checkpoint import load_checkpoint, model_fingerprint, save_checkpoint
+from common.training.distributed import World, inner
+from common.training.optimizers import make_optimizers
+from common.training.schedules import Schedule
+from common.training.snapshots import Snapshots, whole_tensors
+from common.training.trainer import Settings, Trainer
+
+INPUTS = ("02_tokenization", "shakespeare", "wiki", "web")
+
+
+@dataclass(frozen=True)
+class Config:
+    """None: what the size implies."""
+
+    size: str = "small"
+    seed: int = 0
+    vocab_size: int | None = None  # of February's tokenizer, cut back to its first merges
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    length: int | None = None  # tokens in a row
+    rows: int | None = None  # of an update, over all processes and micro-batches
+    accumulate: int = 1
+    megabytes: float | None = None  # of text, read once
+    plays: float = 0.37  # shares of the text
+    wiki: float = 0.1
+    web: float = 0.08
+    arithmetic: float = 0.45
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    looks: int | None = None  # evaluations on the way
+    questions: int | None = None  # of each kind of problem at the end
+    studies: float | None = None  # length of the small studies; 1 is what the article shows
+    parallel: Literal["none", "data", "shards"] = "none"
+    plan: bool = False  # only say what the training would take
+
+
+SIZES = {
+    "tiny": {"vocab_size": 512, "layers": 1, "width": 16, "heads": 2, "length": 32, "rows": 4, "megabytes": 0.01,
+             "looks": 2, "questions": 3, "studies": 0.01},
+    "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 16, "megabytes": 14.0,
+              "looks": 10, "questions": 60, "studies": 1.0},
+    "medium": {"vocab_size": 4096, "layers": 12, "width": 512, "heads": 8, "length": 512, "rows": 128,
+               "megabytes": 400.0, "looks": 20, "questions": 200, "studies": 1.0},
+    "large": {"vocab_size": 8192, "layers": 24, "width": 1024, "heads": 16, "length": 1024, "rows": 512,
+              "megabytes": 4000.0, "looks": 20, "questions": 200, "studies": 1.0},
+}  # fmt: skip
+
+
+def main(config: Config) -> None:
+    device, words = pick_device(), needed("02_tokenization", config.size) / "tokenizer.json"
+    tokenizer = BPETokenizer.load(words).truncated(config.vocab_size)
+    shape = ModelConfig(
+        vocab_size=config.vocab_size, context_length=config.length, layers=config.layers, width=config.width,
+        heads=config.heads, init="fan_in",
+    )  # fmt: skip
+    with World.joined(device.name) as world, contextlib.ExitStack() as opened:
+        data = base.base_data(tokenizer, base.shares_of(config), round(1e6 * config.megabytes), config.seed)
+        if world.rank == 0:
+            announce(base.plan(shape, len(data.ids), config.rows, device, world.size))
+        if config.plan:
+            return
+        run = opened.enter_context(Run("05_pretraining", config, inputs=INPUTS)) if world.rank == 0 else None
+        world.meet()
+        trainer = pretrain(config, shape, tokenizer, data, world, device, run)
+        tensors = whole_tensors(trainer.model)
+        if run is not None:
+            save_checkpoint(run.path("model"), Transformer(shape), tokenizer, tensors=tensors)
+            tokenizer.save(run.path("model/tokenizer.json"))
+            report(run, config, tokenizer, data, trainer, str(words))
+
+
+def pretrain(
+    config: Config,
+    shape: ModelConfig,
+    tokenizer: BPETokenizer,
+    data: base.BaseData,
+    world: World,
+    device: Device,
+    run: Run | None,
+) -> Trainer:
+    """The base model; killed and started again, it goes on."""
+    rows = config.rows // (world.size * config.accumulate)
+    if rows * world.size * config.accumulate != config.rows:
+        raise ValueError(
+            f"{config.rows} rows cannot be dealt to {world.size} processes and {config.accumulate} micro-batches"
+        )
+    stream = BatchStream(data.ids, length=config.length, batch_size=rows, end_of_text=tokenizer.specials[END_OF_TEXT],
+                         seed=config.seed, rank=world.rank, world_size=world.size)  # fmt: skip
+    steps = stream.chunks // config.rows
+    model = world.wrap(Transformer(shape, seed=config.seed), config.parallel)
+    optimizers = make_optimizers(
+        model, config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay
+    )
+    every = max(1, steps // config.looks)
+    settings = Settings(
+        config.seed, config.accumulate, dtype=device.dtype, evaluate_every=every, save_every=max(1, every // 2)
+    )
+    trainer = Trainer(
+        model, stream, optimizers, Schedule(steps, max(1, steps // 50), "wsd", floor=0.0), settings, tokenizer=tokenizer,
+        evaluate=lambda model, _: base.curve_point(inner(model), tokenizer, data.looks), world=world, label="base model",
+        byte_lengths=token_sizes(tokenizer), flops_per_token=inner(model).flops_per_token(config.length),
+        peak_flops=device.peak_flops, watch=None if run is None else lambda row: run.log(**row),
+        snapshots=Snapshots(run_directory("05_pretraining", config) / "snapshots"),
+    )  # fmt: skip
+    return trainer.train()
+
+
+def report(
+    run: Run, config: Config, tokenizer: BPETokenizer, data: base.BaseData, trainer: Trainer, words: str
+) -> None:
+    """Baselines, what it can do, and the small studies."""
+    model, every = load_checkpoint(run.path("model"), tokenizer), trainer.settings.evaluate_every
+    claims, rows, figures, samples, spent = base.report(
+        model, tokenizer, data, trainer, run.path, seed=config.seed, questions=config.questions
+    )
+    np.save(run.path("stream.npy"), data.ids)
+    given = {"vocab_size": config.vocab_size, "width": round(1.5 * config.width), "updates": every, "rows": config.rows,
+             "length": config.length, "looks": data.looks}  # fmt: skip
+    asked = trials.jobs(config.studies, str(run.path("stream.npy")), words, given)
+    found = trials.answers(asked, run.path("studies.json"))
+    run.path("stream.npy").unlink()
+    said, more, shown = trials.report(found, run.path, trainer, data, tokenizer)
+    run.spend(trained=len(data.ids), flops=3 * trainer.flops_per_token * len(data.ids), **spent)
+    run.identify(
+        tokenizer=tokenizer.fingerprint,
+        model={"weights": model_fingerprint(model), "mixture": data.shares},
+        measurement={"questions": config.questions, "studies": config.studies},
+    )
+    title = "Pretraining with an honest loop"
+    run.finish(
+        {
+            "title": title,
+            "claims": claims + said,
+            "numbers": rows + more,
+            "figures": figures + shown,
+            "samples": samples,
+        }
+    )
+
+
+if __name__ == "__main__":
+    script(__name__)

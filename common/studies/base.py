@@ -1,0 +1,199 @@
+"""The base model of the year: what it is trained on, and how it is looked at while it trains.
+
+A mixture in stated shares of bytes: Shakespeare, encyclopedia, web text, and worked arithmetic. Every document is whole in
+the stream; rows of the loader cut it where they end. Held-out documents are of plays, articles, pages and problems that the
+training text does not contain.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from common.data import arithmetic
+from common.data.cleaning import mixture
+from common.data.corpora import year_sources
+from common.data.documents import Document, tokenize_documents
+from common.evaluation.text import score_documents
+from common.foundation.device import Device
+from common.foundation.evidence import claim, number
+from common.foundation.plots import curves, save
+from common.foundation.statistics import mean_ci
+from common.generation.engine import Engine
+from common.generation.sampling import SamplingParams
+from common.model.config import ModelConfig
+from common.model.cost import flops_per_token
+from common.model.ngram import NGram
+from common.model.output import LanguageModel
+from common.model.transformer import Transformer
+from common.tokenization.bpe import BPETokenizer
+from common.tokenization.protocol import Tokenizer
+
+if TYPE_CHECKING:
+    from common.training.trainer import Trainer
+
+# Tested at these numbers of numbers: three to eight in training.
+LOOKS = (("plain_sum", 3), ("checksum", 6), ("mod_chain", 6), ("sums", 3), ("sums", 5), ("sums", 7))
+PROMPTS = ("ROMEO:\n", "The history of the city ", "add 47 16 82 35\n")
+ARITHMETIC_BYTES = 72  # of a document on average: only to know how many are enough
+
+
+Looks = dict[str, list[Document]]  # "plays, seen" -> a few documents of that domain
+
+
+@dataclass(frozen=True)
+class BaseData:
+    """Token ids to train on, how they are made up, and a few documents of each domain, seen and held out."""
+
+    ids: np.ndarray
+    shares: dict[str, dict[str, float]]
+    looks: Looks
+
+
+def shares_of(config: Any) -> dict[str, float]:
+    """The shares of the mixture among a config's fields."""
+    return {name: getattr(config, name) for name in ("plays", "wiki", "web", "arithmetic")}
+
+
+def sources(split: str, arithmetic_documents: int, seed: int) -> dict[str, list[Document]]:
+    """The documents of the year in one split, January's bare sums replaced by worked arithmetic."""
+    found = year_sources(split)
+    del found["sums"]  # January's test sums are pairs; nothing here is held out by pairs
+    return {**found, "arithmetic": arithmetic.training_documents(split, arithmetic_documents, seed)}
+
+
+def base_data(tokenizer: BPETokenizer, shares: Mapping[str, float], bytes_in_all: int, seed: int) -> BaseData:
+    """The mixture as one stream of ids, and a few documents of each domain, seen and held out."""
+    count = round(1.3 * bytes_in_all * shares["arithmetic"] / ARITHMETIC_BYTES)
+    train = sources("train", count, seed)
+    documents, report = mixture(train, shares, bytes_in_all=bytes_in_all, seed=seed)
+    ids = np.concatenate([ids[:-1].numpy() for ids in tokenize_documents(documents, tokenizer)])
+    shown = {document.name for document in documents}
+    seen = {name: [d for d in train[name] if d.name in shown] for name in train}
+    parts = {"seen": seen, "held out": sources("validation", 400, seed)}
+    looks = {f"{name}, {what}": a_few(part[name]) for what, part in parts.items() for name in part}
+    return BaseData(ids, report, looks)
+
+
+def a_few(documents: Sequence[Document], size: int = 12_000) -> list[Document]:
+    """Some documents, evenly spread over the list, of about `size` bytes together; long ones are cut."""
+    step, found, total = max(1, len(documents) // 40), [], 0
+    for document in documents[::step]:
+        text = document.text[: size // 4]
+        if total < size:
+            found.append(Document(document.name, document.group, text))
+            total += len(text.encode())
+    return found
+
+
+def curve_point(model: LanguageModel, tokenizer: Tokenizer, looks: Looks) -> dict[str, float]:
+    """Bits per byte of each domain, seen and held out. Alignment here is the evaluator's own, not that of the loader."""
+    return {name: score_documents(model, tokenizer, few).bits_per_byte().mean for name, few in looks.items()}
+
+
+def continued(engine: Engine, prompts: Sequence[str] = PROMPTS, max_tokens: int = 60) -> list[str]:
+    """What the model writes after fixed prompts: greedy, so that changes are the model's."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    made = engine.generate([engine.encode(prompt) for prompt in prompts], params)
+    return [prompt + completions[0].text for prompt, completions in zip(prompts, made, strict=True)]
+
+
+def solve(engine: Engine, family: str, size: int, n: int, *, split: str, seed: int = 0) -> dict[str, Any]:
+    """Greedy answers to unseen problems: rates of right answers and of traces without any wrong step, and one answer."""
+    sizes = None if family == "plain_sum" else (size,)
+    problems = arithmetic.problems(family, split, n, seed, sizes=sizes)
+    params = SamplingParams(temperature=0, max_tokens=engine.model.context_length)
+    made = engine.generate([engine.encode(problem.question + "\n") for problem in problems], params)
+    verdicts = [arithmetic.check_trace(p, c[0].text) for p, c in zip(problems, made, strict=True)]
+    right = [float(str(verdict.answer) == p.answer) for verdict, p in zip(verdicts, problems, strict=True)]
+    return {
+        "answer": mean_ci(right),
+        "trace": mean_ci([float(verdict.ok) for verdict in verdicts]),
+        "tokens": sum(len(c[0].ids) for c in made),
+        "example": f"{problems[0].question}\n{made[0][0].text}",
+    }
+
+
+def test_documents(seed: int) -> dict[str, list[Document]]:
+    """The test split by domain, for the numbers at the end."""
+    return {name: a_few(documents, 60_000) for name, documents in sources("test", 1000, seed).items()}
+
+
+def ngram_of(ids: np.ndarray, end: int, vocab_size: int, order: int = 5) -> NGram:
+    """January's model on a stretch of the stream, document by document."""
+    edges = np.flatnonzero(ids == end)
+    sequences = [torch.from_numpy(ids[a : b + 1]) for a, b in zip(edges, [*edges[1:], len(ids)], strict=True)]
+    return NGram.fit(sequences, order, vocab_size)
+
+
+def report(
+    model: Transformer,
+    tokenizer: BPETokenizer,
+    data: BaseData,
+    trainer: "Trainer",
+    place: Callable[[str], Path],
+    *,
+    seed: int,
+    questions: int,
+) -> tuple[list[dict], list[dict], list[dict], list[dict], dict[str, int]]:
+    """(claims, rows, figures, samples, tokens spent) of the finished base model."""
+    engine, tested = Engine(model, tokenizer), test_documents(seed)
+    counted = ngram_of(data.ids, engine.end, tokenizer.vocab_size)
+    others = {"base model": model, "5-gram": counted, "unigram": counted.truncated(1)}
+    scores = {name: by_domain(other, tokenizer, tested) for name, other in others.items()}
+    rows = [
+        number(f"{domain}, test: {name}", scores[name][domain], "bits per byte", f"{len(tested[domain])} documents")
+        for domain in tested for name in others
+    ]  # fmt: skip
+    claims = [
+        claim("A transformer of a million parameters beats the 5-gram of the same tokens on unseen plays",
+              scores["base model"]["plays"], scores["5-gram"]["plays"], better="lower", unit="bits per byte",
+              cost={"tokens": len(data.ids)})
+    ] if questions >= 20 else []  # fmt: skip
+    samples, spent = [], {"generated": 0}
+    for family, size in LOOKS:
+        solved = solve(engine, family, size, questions, split="test", seed=seed)
+        note = f"every step right: {solved['trace'].mean:.2f}; {solved['tokens'] / questions:.0f} tokens each"
+        rows.append(number(f"{family} of {size}, unseen: right answers", solved["answer"], "rate", note))
+        samples.append({"title": f"{family}, {size} numbers, greedy", "text": solved["example"]})
+        spent["generated"] += solved["tokens"]
+    said = continued(engine)
+    samples += [
+        {"title": f"After {prompt.strip()!r}, greedy", "text": text} for prompt, text in zip(PROMPTS, said, strict=True)
+    ]
+    points = trainer.evaluations[1:]  # before any update everything is 11 bits
+    at = [row["step"] * trainer.history[0]["targets"] / 1e6 for row in points]
+    lines = {name: [row[name] for row in points] for name in data.looks}
+    figures = []
+    for what in ("seen", "held out"):
+        mine = {name: values for name, values in lines.items() if name.endswith(what)}
+        figure = curves(
+            at, mine, title=f"Bits per byte, {what} documents", xlabel="million tokens", ylabel="bits per byte"
+        )
+        caption = "Scored by the evaluator, which shares no code with the loader."
+        figures.append(save(figure, place(f"curves-{what.replace(' ', '-')}.png"), caption=caption))
+    return claims, rows, figures, samples, spent
+
+
+def plan(shape: ModelConfig, tokens: int, rows: int, device: Device, processes: int = 1, share: float = 0.35) -> str:
+    """What a training will take, before it starts.
+
+    Args:
+        tokens: in all.
+        rows: in one pass of one process.
+        share: of the measured peak that is reached in practice.
+    """
+    with torch.device("meta"):  # counted without being there
+        parameters = Transformer(shape).num_parameters()
+    flops = 3 * flops_per_token(shape, shape.context_length) * tokens
+    bytes_held = 16 * parameters  # fp32 weights, gradients, and at most two moments
+    activations = 2 * rows * shape.context_length * (shape.layers * 34 * shape.width + 2 * shape.vocab_size)
+    return (
+        f"plan: {parameters:,} parameters, {tokens:,} tokens ({tokens / parameters:.1f} for each), {flops:.3g} FLOP; "
+        f"{bytes_held / 2**20:,.0f} MiB of weights, gradients, optimizer state, about {activations / 2**20:,.0f} MiB of "
+        f"activations in a process; {flops / (share * device.peak_flops * processes) / 3600:.2g} hours at {share:.0%} of the "
+        f"measured peak of {processes} x {device}"
+    )

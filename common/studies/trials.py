@@ -1,0 +1,327 @@
+"""May's small studies as one list of jobs for the pool, longest first, and what is drawn and tabled from the answers.
+
+    classic     nanoGPT's recipe against ours, and ours with one choice taken back at a time
+    law         loss against size, a fifth size predicted before it is trained
+    noise       learning rates and batch sizes over seeds
+    abilities   three objectives, three questions
+    leak        the test text in the training data
+    range       the learning rate that breaks
+    lstm        a recurrent network on the stream of the base model, at equal tokens
+
+Answers are plain JSON values, so that a killed month does not ask twice.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.stream import BatchStream
+from common.foundation.evidence import claim, number
+from common.foundation.files import read_json, write_json
+from common.foundation.parallel import each
+from common.foundation.plots import curves, grid, save
+from common.foundation.statistics import mean_ci, mean_of_seeds
+from common.model.recurrent import Recurrent
+from common.studies import abilities, classic, leak, scaling
+from common.studies.base import BaseData, Looks, curve_point, ngram_of
+from common.tokenization.bpe import BPETokenizer
+from common.tokenization.protocol import END_OF_TEXT
+from common.training.optimizers import make_optimizers
+from common.training.schedules import Schedule
+from common.training.trainer import Trainer
+
+Answers = dict[str, Any]  # "study/name/seed" -> what the job returned
+RATES, ROWS, SEEDS = (1e-3, 4e-3, 1.6e-2), (8, 32), (0, 1, 2)
+SHORT, LONG = (
+    300,
+    1500,
+)  # updates of our recipe: enough for nanoGPT's loss, and with about as many CPU seconds as it takes
+
+
+@functools.cache
+def text() -> classic.Characters:
+    """Once in each process."""
+    return classic.Characters.of_shakespeare()
+
+
+def lstm(
+    stream: str, tokenizer: str, vocab_size: int, width: int, updates: int, rows: int, length: int, looks: Looks
+) -> dict[str, Any]:
+    """An LSTM of about the size of the base model, after so many updates on the same batches."""
+    words = BPETokenizer.load(tokenizer).truncated(vocab_size)
+    model = Recurrent("lstm", vocab_size, width=width)
+    batches = BatchStream(np.load(stream), length=length, batch_size=rows, end_of_text=words.specials[END_OF_TEXT])
+    schedule = Schedule(updates, max(1, updates // 20), "wsd", floor=0.0)
+    optimizers = make_optimizers(model, "adamw", learning_rate=4e-3)
+    Trainer(model, batches, optimizers, schedule, label="LSTM").train()
+    return {"parameters": model.num_parameters(), "bits_per_byte": curve_point(model, words, looks)}
+
+
+WORK: dict[str, Callable[..., Any]] = {
+    "classic": lambda name, **given: classic.run_recipe(classic.RECIPES[name], text(), **given),
+    "law": lambda name, **given: scaling.loss_of_width(int(name), text(), **given),
+    "noise": lambda name, rate, rows, **given: scaling.loss_of_setting(rate, rows, text(), **given),
+    "abilities": lambda name, **given: dataclasses.asdict(abilities.train_and_ask(name, text(), **given)),
+    "leak": lambda name, **given: dataclasses.asdict(leak.watch(text(), leaked=name == "leaked", **given)),
+    "range": lambda name, seed, **given: leak.range_test(name, text(), **given),
+    "lstm": lambda name, seed, **given: lstm(**given),
+}
+
+
+def work(study: str, name: str, **given: Any) -> Any:
+    """Do one job. In a process of its own, so that CPU seconds are its own, too."""
+    return WORK[study](name, **given)
+
+
+def jobs(scale: float, stream: str, tokenizer: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All of them, the longest first: two cores are then busy to the end.
+
+    Args:
+        scale: 1 is what the article shows; less is shorter, for tests.
+        given: of the LSTM's job.
+    """
+
+    def part(steps: int) -> int:
+        return max(2, round(steps * scale))
+
+    made: list[dict[str, Any]] = []
+
+    def add(study: str, name: str, seeds: tuple[int, ...] = (0,), **more: Any) -> None:
+        made.extend({"study": study, "name": name, "seed": seed, **more} for seed in seeds)
+
+    add("classic", "nanoGPT", steps=part(2000), every=part(200))
+    add("classic", "ours, longer", steps=part(LONG), every=part(LONG // 10))
+    add("lstm", "lstm", stream=stream, tokenizer=tokenizer, **given)
+    add("classic", "ours", SEEDS, steps=part(SHORT), every=part(SHORT // 10))
+    for name in classic.WITHOUT:
+        add("classic", name, steps=part(SHORT), every=part(SHORT // 10))
+    for name in abilities.OBJECTIVES:
+        add("abilities", name, SEEDS[:2], steps=part(250), windows=part(200))
+    for width in (scaling.ASKED, *scaling.WIDTHS[::-1]):
+        add("law", str(width), SEEDS, characters=part(400_000))
+    for rate in RATES:
+        for rows in ROWS:
+            add("noise", f"{rate:g} x {rows}", SEEDS, rate=rate, rows=rows, characters=part(200_000))
+    for name in ("clean", "leaked"):
+        add("leak", name, characters=max(2000, part(40_000)), steps=part(600))
+    for name in ("adamw", "muon"):
+        add("range", name, low=1e-4, high=3.0, steps=part(100))
+    return made
+
+
+def answers(asked: list[dict[str, Any]], path: Path) -> Answers:
+    """Of all jobs, over processes; what an earlier attempt left at `path` is not asked again."""
+    known = read_json(path) if path.exists() else {}
+    missing = [job for job in asked if _key(job) not in known]
+    known |= {_key(job): found for job, found in zip(missing, each(work, missing, label="studies"), strict=True)}
+    write_json(path, known)
+    return known
+
+
+def _key(job: Mapping[str, Any]) -> str:
+    return f"{job['study']}/{job['name']}/{job['seed']}"
+
+
+def of(found: Answers, study: str, name: str) -> list[Any]:
+    """The answers of all seeds."""
+    return [value for key, value in found.items() if key.startswith(f"{study}/{name}/")]
+
+
+def classic_report(found: Answers, place: Callable[[str], Path]) -> tuple[list[dict], list[dict], list[dict]]:
+    """(claims, rows, figures)."""
+    (base,), (longer,), ours = (
+        of(found, "classic", "nanoGPT"),
+        of(found, "classic", "ours, longer"),
+        of(found, "classic", "ours"),
+    )
+    target, whole = base["nats"], base["cpu_seconds"]
+    ratios = [whole / seconds_to(one["curve"], target) for one in ours]  # 0 where it was never reached
+    nats = mean_of_seeds([one["nats"] for one in ours])
+    rows = [
+        number("nanoGPT's recipe, 2,000 updates", target, "nats", f"{len(base['curve']) - 1} looks"),
+        number("ours, three seeds", nats, "nats", f"{SHORT} updates of 24 windows"),
+        number("ours, longer", longer["nats"], "nats", f"{LONG} updates"),
+        number("ours, longer, minus nanoGPT's", longer["nats"] - target, "nats"),
+        number("CPU seconds: nanoGPT's", whole, "s", clock=True),
+        number("CPU seconds: ours, longer", longer["cpu_seconds"], "s", clock=True),
+    ]
+    if all(ratio > 0 for ratio in ratios):
+        rows.append(number("CPU seconds to nanoGPT's loss, its own / ours", mean_of_seeds(ratios), "times", clock=True))
+    for name in classic.WITHOUT:
+        (one,) = of(found, "classic", name)
+        rows.append(
+            number(f"ours, but {name}", one["nats"], "nats", f"{one['nats'] - nats.mean:+.3f} to ours; one seed")
+        )
+        rows.append(number(f"ours, but {name}: CPU seconds", one["cpu_seconds"], "s", clock=True))
+    lines = {"nanoGPT's recipe": base, "ours": ours[0], "ours, longer": longer}
+    for_plot = {name: [p for p in one["curve"] if p["step"]] for name, one in lines.items()}
+    figure = curves(
+        {name: [p["cpu_seconds"] for p in points] for name, points in for_plot.items()},
+        {name: [p["nats"] for p in points] for name, points in for_plot.items()},
+        title="Shakespeare by characters: held-out loss against CPU seconds", xlabel="CPU seconds of training",
+        ylabel="nats per character", level=("nanoGPT's recipe at its end", target),
+    )  # fmt: skip
+    shown = save(
+        figure, place("classic.png"), caption="One thread each, the same windows scored. Scoring is not in the time."
+    )
+    said = [] if not all(ratios) else [claim("Today's recipe reaches the loss of nanoGPT's with fewer CPU seconds",
+                  mean_of_seeds(ratios), 1.0,
+                  unit="times fewer", cost={"updates": SHORT, "seeds": len(ours)}, clock=True)]  # fmt: skip
+    return said, rows, [shown]
+
+
+def seconds_to(curve: list[Mapping[str, float]], nats: float) -> float:
+    """CPU seconds at which a curve first reaches this loss, a straight line between looks; infinite if it never does."""
+    for before, after in itertools.pairwise(curve):
+        if after["nats"] <= nats:
+            share = (before["nats"] - nats) / (before["nats"] - after["nats"])
+            return before["cpu_seconds"] + share * (after["cpu_seconds"] - before["cpu_seconds"])
+    return float("inf")
+
+
+def law_report(found: Answers, place: Callable[[str], Path]) -> tuple[list[dict], list[dict]]:
+    """(rows, figures)."""
+    sizes = {
+        width: scaling.hidden_parameters(scaling.shape(width, len(text().alphabet)))
+        for width in (*scaling.WIDTHS, scaling.ASKED)
+    }
+    losses = {width: mean_of_seeds(of(found, "law", str(width))) for width in sizes}
+    laws = [
+        scaling.fit_power_law(
+            [sizes[w] for w in scaling.WIDTHS], [of(found, "law", str(w))[seed] for w in scaling.WIDTHS]
+        )
+        for seed in range(len(SEEDS))
+    ]
+    predicted = mean_of_seeds([law(sizes[scaling.ASKED]) for law in laws])
+    measured = losses[scaling.ASKED]
+    rows = [
+        number(
+            "scaling: exponent",
+            mean_of_seeds([law.b for law in laws]),
+            "",
+            f"four sizes, {sizes[16]:,} to {sizes[48]:,}",
+        ),
+        number("scaling: predicted for the fifth", predicted, "nats", f"{sizes[scaling.ASKED]:,} parameters"),
+        number("scaling: measured", measured, "nats", f"off by {measured.mean - predicted.mean:+.3f}"),
+        number("scaling: no change, the control", losses[scaling.WIDTHS[-1]], "nats", "loss of the largest fitted"),
+    ]
+    law = scaling.fit_power_law([sizes[w] for w in scaling.WIDTHS], [losses[w].mean for w in scaling.WIDTHS])
+    figure = curves(
+        {"fitted": [sizes[w] for w in scaling.WIDTHS], "asked": [sizes[scaling.ASKED]], "the law": list(sizes.values())},
+        {"fitted": [losses[w] for w in scaling.WIDTHS], "asked": [measured], "the law": [law(n) for n in sizes.values()]},
+        title="Loss against size, equal data", xlabel="parameters without the embedding", ylabel="nats per character",
+        logarithmic="xy",
+    )  # fmt: skip
+    caption = "Fitted on four sizes; the fifth was predicted first. Intervals over three seeds."
+    return rows, [save(figure, place("scaling.png"), caption=caption)]
+
+
+def noise_report(found: Answers, place: Callable[[str], Path]) -> tuple[list[dict], list[dict]]:
+    """(rows, figures)."""
+    cells = {(rate, rows): of(found, "noise", f"{rate:g} x {rows}") for rate in RATES for rows in ROWS}
+    table = [
+        number(f"rate {rate:g}, {rows} rows", mean_of_seeds(values), "nats", "equal characters, three seeds")
+        for (rate, rows), values in cells.items()
+    ]
+    spread = float(np.mean([np.std(values, ddof=1) for values in cells.values()]))
+    table.append(number("standard deviation over seeds", spread, "nats", "mean over the cells above"))
+    shown = {f"{rows} rows": [float(np.mean(cells[rate, rows])) for rate in RATES] for rows in ROWS}
+    highest = max(max(values) for values in shown.values())
+    figure = grid(shown, [f"{r:g}" for r in RATES], title="Held-out nats at equal characters", xlabel="learning rate",
+                  limit=highest + 0.01)  # fmt: skip
+    return table, [
+        save(figure, place("noise.png"), caption=f"Means of three seeds; seeds differ by {spread:.3f} nats.")
+    ]
+
+
+def ability_report(found: Answers) -> list[dict]:
+    """Rows."""
+    rows = []
+    for name in abilities.OBJECTIVES:
+        runs = of(found, "abilities", name)
+        for ability in ("continue_text", "fill_in", "fill_in_by_trying"):
+            values = [np.mean([run[ability][i] for run in runs]) for i in range(len(runs[0][ability] or ()))]
+            if values:
+                said = ability.replace("_", " ")
+                rows.append(
+                    number(f"{name}: {said}", mean_ci(values), "nats", f"{runs[0]['targets']:,} targets in training")
+                )
+    return rows
+
+
+def leak_report(found: Answers, place: Callable[[str], Path]) -> tuple[list[dict], list[dict]]:
+    """(rows, figures)."""
+    (clean,), (leaked,) = of(found, "leak", "clean"), of(found, "leak", "leaked")
+    rows = [
+        number("tested text, clean", clean["tested"][-1], "nats"),
+        number("tested text, in the training data", leaked["tested"][-1], "nats", "looks like a better model"),
+        number("fresh text, clean", clean["fresh"][-1], "nats"),
+        number("fresh text, with the leak", leaked["fresh"][-1], "nats", "and is none"),
+        number("trained text, clean", clean["trained"][-1], "nats", "the gap to the fresh one is learning by heart"),
+    ]
+    lines = {
+        "trained": clean["trained"],
+        "fresh": clean["fresh"],
+        "tested, leaked": leaked["tested"],
+        "fresh, leaked": leaked["fresh"],
+    }
+    figure = curves(clean["updates"], lines, title="Forty thousand characters, again and again", xlabel="updates",
+                    ylabel="nats per character")  # fmt: skip
+    return rows, [
+        save(figure, place("leak.png"), caption="The tested text is in the data of the leaked training only.")
+    ]
+
+
+def range_report(found: Answers, place: Callable[[str], Path]) -> list[dict]:
+    """Figures."""
+    runs = {name: of(found, "range", name)[0] for name in ("adamw", "muon")}
+    figure = curves(
+        {name: rates for name, (rates, _) in runs.items()}, {name: losses for name, (_, losses) in runs.items()},
+        title="Learning-rate range test", xlabel="learning rate", ylabel="training loss, nats", logarithmic="x",
+    )  # fmt: skip
+    return [
+        save(
+            figure, place("range.png"), caption="One update at each rate, no clipping. Choose below where it turns up."
+        )
+    ]
+
+
+def equal_tokens_report(found: Answers, trainer: Trainer, data: BaseData, tokenizer: BPETokenizer) -> list[dict]:
+    """Rows: the base model on its way, an LSTM and the counts, each after the same number of tokens."""
+    (recurrent,) = of(found, "lstm", "lstm")
+    first = trainer.evaluations[1]
+    tokens = int(sum(row["targets"] for row in trainer.history[: first["step"]]))
+    counted = curve_point(
+        ngram_of(data.ids[:tokens], tokenizer.specials[END_OF_TEXT], tokenizer.vocab_size), tokenizer, data.looks
+    )
+    rows = []
+    for look in (name for name in data.looks if name.endswith("held out")):
+        for name, value, note in (
+            ("base model on its way", first[look], "at its full rate, not yet annealed"),
+            ("LSTM", recurrent["bits_per_byte"][look], f"{recurrent['parameters']:,} parameters, annealed"),
+            ("5-gram", counted[look], ""),
+        ):
+            rows.append(number(f"after {tokens:,} tokens, {look}: {name}", value, "bits per byte", note))
+    return rows
+
+
+def report(
+    found: Answers, place: Callable[[str], Path], trainer: Trainer, data: BaseData, tokenizer: BPETokenizer
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """(claims, rows, figures) of everything. A training too short to reach nanoGPT's loss claims nothing."""
+    rows, figures = equal_tokens_report(found, trainer, data, tokenizer), []
+    claims, more, shown = classic_report(found, place)
+    parts = [
+        law_report(found, place),
+        noise_report(found, place),
+        (ability_report(found), []),
+        leak_report(found, place),
+    ]
+    for some_rows, some_figures in [(more, shown), *parts, ([], range_report(found, place))]:
+        rows, figures = rows + some_rows, figures + some_figures
+    return claims, rows, figures
