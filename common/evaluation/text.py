@@ -29,6 +29,10 @@ class TextScore:
         """Over the whole text. The interval resamples documents, so it speaks for documents of these groups (plays)."""
         return mean_ci(self.per_document(), weights=self.bytes)
 
+    def mean(self) -> float:
+        """The same number without its interval: for curves, and for a single document."""
+        return bits(sum(self.nats)) / sum(self.bytes)
+
     def nats_per_byte(self) -> Interval:
         """The same number in the unit of the loss: smaller by ln 2, and no better."""
         return mean_ci([value / bits(1) for value in self.per_document()], weights=self.bytes)

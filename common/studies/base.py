@@ -21,7 +21,7 @@ from common.evaluation.text import score_documents
 from common.foundation.device import Device
 from common.foundation.evidence import claim, number
 from common.foundation.plots import curves, save
-from common.foundation.statistics import mean_ci
+from common.foundation.statistics import Interval, mean_ci
 from common.generation.engine import Engine
 from common.generation.sampling import SamplingParams
 from common.model.config import ModelConfig
@@ -91,7 +91,7 @@ def a_few(documents: Sequence[Document], size: int = 12_000) -> list[Document]:
 
 def curve_point(model: LanguageModel, tokenizer: Tokenizer, looks: Looks) -> dict[str, float]:
     """Bits per byte of each domain, seen and held out. Alignment here is the evaluator's own, not that of the loader."""
-    return {name: score_documents(model, tokenizer, few).bits_per_byte().mean for name, few in looks.items()}
+    return {name: score_documents(model, tokenizer, few).mean() for name, few in looks.items()}
 
 
 def continued(engine: Engine, prompts: Sequence[str] = PROMPTS, max_tokens: int = 60) -> list[str]:
@@ -120,6 +120,13 @@ def solve(engine: Engine, family: str, size: int, n: int, *, split: str, seed: i
 def test_documents(seed: int) -> dict[str, list[Document]]:
     """The test split by domain, for the numbers at the end."""
     return {name: a_few(documents, 60_000) for name, documents in sources("test", 1000, seed).items()}
+
+
+def by_domain(
+    model: LanguageModel, tokenizer: Tokenizer, documents: Mapping[str, Sequence[Document]]
+) -> dict[str, Interval]:
+    """Bits per byte of each domain, over documents."""
+    return {name: score_documents(model, tokenizer, few).bits_per_byte() for name, few in documents.items()}
 
 
 def ngram_of(ids: np.ndarray, end: int, vocab_size: int, order: int = 5) -> NGram:
@@ -194,6 +201,6 @@ def plan(shape: ModelConfig, tokens: int, rows: int, device: Device, processes: 
     return (
         f"plan: {parameters:,} parameters, {tokens:,} tokens ({tokens / parameters:.1f} for each), {flops:.3g} FLOP; "
         f"{bytes_held / 2**20:,.0f} MiB of weights, gradients, optimizer state, about {activations / 2**20:,.0f} MiB of "
-        f"activations in a process; {flops / (share * device.peak_flops * processes) / 3600:.2g} hours at {share:.0%} of the "
-        f"measured peak of {processes} x {device}"
+        f"activations in a process; {flops / (share * device.peak_flops * processes) / 3600:.2g} hours at {share:.0%} of "
+        f"the measured peak of {processes} x {device}"
     )

@@ -14,7 +14,7 @@ from common.training.optimizers import make_optimizers
 from common.training.schedules import RateRange, Schedule
 from common.training.trainer import Settings, Trainer, TrainingDiverged
 
-PIECE = 20_000  # characters of each text that is scored
+PIECE = 20_000  # characters of each text that is scored, if there are so many
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,15 @@ class Watched:
 
 def watch(text: Characters, characters: int, steps: int, *, leaked: bool, width: int = 64, seed: int = 0) -> Watched:
     """Train on `characters` of text, with the tested text appended where it is `leaked`."""
-    tested, fresh = text.held_out[:PIECE], text.held_out[PIECE : 2 * PIECE]
+    piece = min(PIECE, len(text.held_out) // 2)
+    tested, fresh = text.held_out[:piece], text.held_out[piece : 2 * piece]
     own = text.train[:characters]
     train = np.concatenate([own, tested]) if leaked else own
     found = Watched([], [], [], [])
 
     def score(model: Transformer, done: int) -> dict[str, float]:
         found.updates.append(done)
-        for values, ids in ((found.trained, own[:PIECE]), (found.tested, tested), (found.fresh, fresh)):
+        for values, ids in ((found.trained, own[:piece]), (found.tested, tested), (found.fresh, fresh)):
             values.append(held_out_nats(model, ids))
         return {}
 

@@ -5,6 +5,9 @@ averages their gradients, FSDP2 (`fully_shard`) keeps a part of each parameter i
 Losses are divided by the number of targets over ALL processes, so that the result does not depend on how many there are.
 
     torchrun --nproc-per-node 2 05_pretraining/run.py --parallel data        (or --parallel shards)
+
+With `--max-restarts` and a rendezvous by c10d, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: torch 2.13 keeps the addresses of
+the dead processes in its store, and one that is started again may wait for them.
 """
 
 import contextlib
