@@ -155,7 +155,7 @@ def doctor(hf: str | None = None, size: Size = "small", run: Path | None = None,
         except (OSError, ValueError):  # a folder without a tokenizer: random ids, and the report says so
             encode = None
     else:
-        engine = trained("text", size, run)
+        engine = text_engine(None, size, run)
         model, vocab_size, encode = engine.model, engine.model.vocab_size, engine.encode
     ids = None
     if encode is not None:
@@ -243,7 +243,8 @@ def compare(a: Positional[Path], b: Positional[Path], json: bool = False) -> Non
 
 @app.command(name="sample")
 def sample(
-    prompt: str = "ROMEO:\\n",
+    prompt: Positional[str] = "ROMEO:\\n",
+    month: int | None = None,
     max_tokens: int = 300,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -254,18 +255,26 @@ def sample(
     run: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Let the latest text model continue a prompt.
+    """Let a text model continue a prompt; one sample is shown as it is written.
 
     Args:
-        run: a run directory, instead of the one of that size.
+        prompt: where it begins; \\n is a new line.
+        month: whose model, 1 (an n-gram) or 5 (the base model); by default the latest that has been run at that size.
+        run: a run directory, instead of the one of that month and size.
     """
     from common.generation.sampling import SamplingParams
 
-    engine = trained("text", size, run)
+    engine = text_engine(month, size, run)
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens, n=n, seed=seed, logprobs=True
     )
     text = prompt.replace("\\n", "\n")
+    if n == 1 and not json:
+        print(text, end="", flush=True)
+        for piece in engine.stream(engine.encode(text), params):
+            print(piece, end="", flush=True)
+        print()
+        return
     (completions,) = engine.generate([engine.encode(text)], params)
     for completion in completions:
         print(text + completion.text, end="\n\n")
@@ -300,6 +309,25 @@ def evaluate(
     found = measure(task, chosen, trained(strategy, size, run), n, split=split, seed=seed, trace_path=traces)
     print(found)
     finish({"accuracy": found.accuracy.as_dict(), "unparsed": found.unparsed, "cost": found.cost}, json)
+
+
+def text_engine(month: int | None, size: str, run: Path | None) -> Any:
+    """An engine on the text model of a month: of that run, or of the month's own, made now if there is none."""
+    from common.foundation.run import ensure, official
+    from common.generation.engine import Engine
+    from common.training.checkpoint import load_with_tokenizer
+
+    places = {"01_spine": "text", "05_pretraining": "model"}
+    if run is None:
+        if month is None:
+            month = 5 if official("05_pretraining", size) else 1
+        folder = calendar.month(month).folder
+        if folder not in places:
+            raise ValueError(f"{folder} has no text model; choose --month 1 or 5")
+        with redirect_stdout(sys.stderr):
+            run = official(folder, size) or ensure(folder, size)  # at once, also where the code has changed since
+    name = next((name for name in places.values() if (run / name / "checkpoint.json").exists()), "model")
+    return Engine(*load_with_tokenizer(run / name))
 
 
 def trained(name: str, size: str, run: Path | None) -> Any:

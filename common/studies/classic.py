@@ -85,7 +85,7 @@ def make_model(recipe: Recipe, vocab_size: int, seed: int) -> Transformer:
 
 @torch.no_grad()
 def held_out_nats(model: Transformer, ids: np.ndarray, each: int = 1) -> float:
-    """Mean over windows of 64 characters that do not overlap (each `each`-th of them), in fp32: the same for every recipe."""
+    """Mean over windows of 64 characters that do not overlap, every `each`-th of them, in fp32: the same for all recipes."""
     count = (len(ids) - 1) // CONTEXT
     inputs = torch.from_numpy(ids[: count * CONTEXT]).view(count, CONTEXT)[::each]
     targets = torch.from_numpy(ids[1 : count * CONTEXT + 1]).view(count, CONTEXT)[::each]

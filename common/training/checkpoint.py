@@ -19,6 +19,8 @@ from common.model.config import ModelConfig
 from common.model.ngram import PARTS, NGram
 from common.model.recurrent import Recurrent
 from common.model.transformer import Transformer
+from common.tokenization.bpe import BPETokenizer
+from common.tokenization.byte import ByteTokenizer
 from common.tokenization.protocol import Tokenizer
 
 
@@ -103,6 +105,13 @@ def load_checkpoint(folder: str | Path, tokenizer: Tokenizer) -> Any:
     folder = Path(folder)
     described, tensors = read_checkpoint(folder, tokenizer)
     return build_model(described, tensors, str(folder))
+
+
+def load_with_tokenizer(folder: str | Path) -> tuple[Any, Tokenizer]:
+    """A model and the tokenizer that lies beside it; bytes where there is none."""
+    path = Path(folder) / "tokenizer.json"
+    tokenizer = BPETokenizer.load(path) if path.exists() else ByteTokenizer()
+    return load_checkpoint(folder, tokenizer), tokenizer
 
 
 def read_checkpoint(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
