@@ -7,10 +7,19 @@ import sys
 import psutil
 
 
+_in_workers = 0.0
+
+
 def cpu_seconds() -> float:
-    """CPU seconds used so far by this process and its finished children, user and system, over all threads."""
+    """CPU seconds used so far by this process, its finished children and its workers, user and system, over all threads."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return times.user + times.system + times.children_user + times.children_system + _in_workers
+
+
+def count_workers(seconds: float) -> None:
+    """Add what processes have used that are still there, and so are nobody's finished children."""
+    global _in_workers
+    _in_workers += seconds
 
 
 def peak_memory_bytes() -> int:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from common.foundation.machine import count_workers
+
 Result = TypeVar("Result")
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, set before they import
 
@@ -34,7 +36,9 @@ def each(
     workers = workers or os.cpu_count() or 1
     try:
         running = [_pool(workers).submit(_call, work, job) for job in jobs]
-        return [one.result() for one in tqdm(running, desc=label, unit="training", delay=5)]
+        found = [one.result() for one in tqdm(running, desc=label, unit="training", delay=5)]
+        count_workers(sum(seconds for _, seconds in found))
+        return [result for result, _ in found]
     except BaseException:
         _pool(workers).shutdown(wait=False, cancel_futures=True)
         _pool.cache_clear()
@@ -58,11 +62,13 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _call(work: Callable[..., Result], job: Mapping[str, Any]) -> Result:
+def _call(work: Callable[..., Result], job: Mapping[str, Any]) -> tuple[Result, float]:
+    """(the result, CPU seconds that it took)."""
     import torch
 
     torch.set_num_threads(1)
-    return work(**job)
+    start = time.process_time()
+    return work(**job), time.process_time() - start
 
 
 @contextmanager

@@ -11,6 +11,7 @@ says) and `size` (how much there is to read). A test renders them again from a f
 import csv
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from common.foundation.files import atomic_path, read_json
@@ -93,11 +94,13 @@ def size_sentence() -> str:
     return f"`common/` has about {round(lines, -2):,} lines, comments included; {len(pins)} packages are pinned."
 
 
-def rendered(text: str, size: str) -> str:
-    """`text` with every marked block made again."""
+def rendered(text: str, size: str, *, leave: Collection[str] = ()) -> str:
+    """`text` with every marked block made again, without the blocks of the months in `leave`."""
 
     def block(match: re.Match) -> str:
         name, folder = match["name"], match["folder"]
+        if folder in leave:
+            return match[0]
         make = {"year": lambda: year_table(size), "gallery": gallery_sentence, "size": size_sentence}
         of_month = {"numbers": numbers_table, "samples": samples_text}
         body = of_month[name](folder, size) if folder else make[name]()

@@ -213,20 +213,25 @@ def close_enough(there, here):
     return abs(a - b) <= max(0.05, 0.2 * abs(a))
 
 
+LONG = ("05_pretraining",)  # minutes to train: their own tests look at the rows of their tables
+
+
 def test_the_numbers_in_the_readmes_are_those_of_a_run(tmp_path, monkeypatch):
     """The tables are made again from a fresh run at size small.
 
     To the last digit for January and February, which count. From March on models are trained, and other processors round
-    otherwise: there the rows must be the same, and their means close.
+    otherwise: there the rows must be the same, and their means close. From May on a run takes minutes.
     """
     monkeypatch.setenv("SPINE_RUNS", str(tmp_path))
-    spine("year", "--size", "small", runs=tmp_path)
+    spine("year", "--size", "small", "--months", "1-4", runs=tmp_path)
     assert marked_readmes()
     for path in marked_readmes():
         text = path.read_text(encoding="utf-8")
-        for there, here in zip(text.splitlines(), rendered(text, "small").splitlines(), strict=True):
+        for there, here in zip(text.splitlines(), rendered(text, "small", leave=LONG).splitlines(), strict=True):
             trains = (path.parent.name[:2] >= "03" and path.parent.name[:1].isdigit()) or re.match(
                 r"\| \[(0[3-9]|1)", there
             )
             same = there == here or (trains and close_enough(there, here))
+            if any(f"({folder}/" in there for folder in LONG):  # a row of the year's table
+                same = cells(there)[:2] == cells(here)[:2]
             assert same, f"{path}: not current; python -m common report --readme\n{there}\n{here}"
