@@ -4,6 +4,7 @@ Several processes: torchrun --nproc-per-node 2 05_pretraining/run.py --parallel 
 """
 
 import contextlib
+import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from common.evaluation.text import token_sizes
 from common.foundation.device import Device, pick_device
 from common.foundation.run import Run, announce, needed, run_directory, script
 from common.model.config import ModelConfig
+from common.model.cost import flops_per_token
 from common.model.transformer import Transformer
 from common.studies import base, trials
 from common.tokenization.bpe import BPETokenizer
@@ -71,10 +73,7 @@ SIZES = {
 def main(config: Config) -> None:
     device, words = pick_device(), needed("02_tokenization", config.size) / "tokenizer.json"
     tokenizer = BPETokenizer.load(words).truncated(config.vocab_size)
-    shape = ModelConfig(
-        vocab_size=config.vocab_size, context_length=config.length, layers=config.layers, width=config.width,
-        heads=config.heads, init="fan_in",
-    )  # fmt: skip
+    shape = ModelConfig(config.vocab_size, config.length, config.layers, config.width, config.heads, init="fan_in")
     with World.joined(device.name) as world, contextlib.ExitStack() as opened:
         data = base.base_data(tokenizer, base.shares_of(config), round(1e6 * config.megabytes), config.seed)
         if world.rank == 0:
@@ -82,82 +81,68 @@ def main(config: Config) -> None:
         if config.plan:
             return
         run = opened.enter_context(Run("05_pretraining", config, inputs=INPUTS)) if world.rank == 0 else None
-        world.meet()
-        trainer = pretrain(config, shape, tokenizer, data, world, device, run)
-        tensors = whole_tensors(trainer.model)
+        world.meet()  # the first makes the folder
+        trainer = make_trainer(config, shape, tokenizer, data, world, device)
+        trainer.watch = None if run is None else lambda row: run.log(**row)
+        tensors = whole_tensors(trainer.train().model)
         if run is not None:
             save_checkpoint(run.path("model"), Transformer(shape), tokenizer, tensors=tensors)
             tokenizer.save(run.path("model/tokenizer.json"))
             report(run, config, tokenizer, data, trainer, str(words))
 
 
-def pretrain(
-    config: Config,
-    shape: ModelConfig,
-    tokenizer: BPETokenizer,
-    data: base.BaseData,
-    world: World,
-    device: Device,
-    run: Run | None,
+def make_trainer(
+    config: Config, shape: ModelConfig, tokenizer: BPETokenizer, data: base.BaseData, world: World, device: Device
 ) -> Trainer:
-    """The base model; killed and started again, it goes on."""
-    rows = config.rows // (world.size * config.accumulate)
-    if rows * world.size * config.accumulate != config.rows:
-        raise ValueError(
-            f"{config.rows} rows cannot be dealt to {world.size} processes and {config.accumulate} micro-batches"
-        )
+    """Of the base model; killed and started again, it goes on."""
+    rows, left = divmod(config.rows, world.size * config.accumulate)
+    if left:
+        raise ValueError(f"{config.rows} rows do not divide by {world.size} processes x {config.accumulate} passes")
     stream = BatchStream(data.ids, length=config.length, batch_size=rows, end_of_text=tokenizer.specials[END_OF_TEXT],
                          seed=config.seed, rank=world.rank, world_size=world.size)  # fmt: skip
     steps = stream.chunks // config.rows
-    model = world.wrap(Transformer(shape, seed=config.seed), config.parallel)
-    optimizers = make_optimizers(
-        model, config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay
-    )
     every = max(1, steps // config.looks)
-    settings = Settings(
-        config.seed, config.accumulate, dtype=device.dtype, evaluate_every=every, save_every=max(1, every // 2)
+    model, rates = (
+        world.wrap(Transformer(shape, seed=config.seed), config.parallel),
+        Schedule(steps, steps // 50, "wsd", 0.0),
     )
-    trainer = Trainer(
-        model, stream, optimizers, Schedule(steps, max(1, steps // 50), "wsd", floor=0.0), settings, tokenizer=tokenizer,
-        evaluate=lambda model, _: base.curve_point(inner(model), tokenizer, data.looks), world=world, label="base model",
-        byte_lengths=token_sizes(tokenizer), flops_per_token=inner(model).flops_per_token(config.length),
-        peak_flops=device.peak_flops, watch=None if run is None else lambda row: run.log(**row),
+    return Trainer(
+        model,
+        stream,
+        make_optimizers(model, config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay),
+        rates,
+        Settings(config.seed, config.accumulate, 1.0, device.dtype, every, max(1, every // 2)),
+        evaluate=lambda model, _: base.curve_point(inner(model), tokenizer, data.looks),
         snapshots=Snapshots(run_directory("05_pretraining", config) / "snapshots"),
-    )  # fmt: skip
-    return trainer.train()
+        tokenizer=tokenizer,
+        byte_lengths=token_sizes(tokenizer),
+        world=world,
+        label="base model",
+        flops_per_token=flops_per_token(shape, config.length),
+        peak_flops=device.peak_flops,
+    )
 
 
 def report(
     run: Run, config: Config, tokenizer: BPETokenizer, data: base.BaseData, trainer: Trainer, words: str
 ) -> None:
     """Baselines, what it can do, and the small studies."""
-    model, every = load_checkpoint(run.path("model"), tokenizer), trainer.settings.evaluate_every
+    model, stream = load_checkpoint(run.path("model"), tokenizer), run.path("stream.npy")
     claims, rows, figures, samples, spent = base.report(
         model, tokenizer, data, trainer, run.path, seed=config.seed, questions=config.questions
     )
-    np.save(run.path("stream.npy"), data.ids)
-    given = {"vocab_size": config.vocab_size, "width": round(1.5 * config.width), "updates": every, "rows": config.rows,
-             "length": config.length, "looks": data.looks}  # fmt: skip
-    asked = trials.jobs(config.studies, str(run.path("stream.npy")), words, given)
-    found = trials.answers(asked, run.path("studies.json"))
-    run.path("stream.npy").unlink()
+    np.save(stream, data.ids)
+    given = {"vocab_size": config.vocab_size, "width": round(1.5 * config.width), "rows": config.rows,
+             "updates": trainer.settings.evaluate_every, "length": config.length, "looks": data.looks}  # fmt: skip
+    found = trials.answers(trials.jobs(config.studies, str(stream), words, given), run.path("studies.json"))
+    stream.unlink()
+    shutil.rmtree(run.path("snapshots"))  # they were for a kill
     said, more, shown = trials.report(found, run.path, trainer, data, tokenizer)
     run.spend(trained=len(data.ids), flops=3 * trainer.flops_per_token * len(data.ids), **spent)
-    run.identify(
-        tokenizer=tokenizer.fingerprint,
-        model={"weights": model_fingerprint(model), "mixture": data.shares},
-        measurement={"questions": config.questions, "studies": config.studies},
-    )
-    title = "Pretraining with an honest loop"
-    run.finish(
-        {
-            "title": title,
-            "claims": claims + said,
-            "numbers": rows + more,
-            "figures": figures + shown,
-            "samples": samples,
-        }
-    )
+    trained_on = {"weights": model_fingerprint(model), "mixture": data.shares}
+    run.identify(tokenizer=tokenizer.fingerprint, model=trained_on, measurement={"questions": config.questions})
+    run.finish({"title": "Pretraining with an honest loop", "claims": claims + said, "numbers": rows + more,
+                "figures": figures + shown, "samples": samples})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -69,6 +69,22 @@ HANDLES = {
     "load_weights": "callable: (named tensors) -> nn.Module that should hold them",
     "stream": "callable: ids -> (logits, list of hidden states with their graph, bottom to top)",
     "memory": "int: how many tokens back an output must be able to depend",
+    "losses": "callable: tokens, one epoch of a text as ids -> the reported training losses, nats per target",
+    "training_loss": "callable: micro-batches (inputs, targets, mask) -> the loss that one update on them reports",
+    "training_bits_per_byte": "callable: micro-batches -> the bits per byte that one update on them reports",
+    "gradients": "callable: micro-batches -> named gradients that the optimizer gets, without dropout and clipping",
+    "gradient_norm": "callable: micro-batches -> the norm of the gradient that is compared with the limit",
+    "validation_loss": "callable: rows (B, T + 1) -> the validation loss that is reported, nats per target",
+    "evaluated": "callable: (updates between evaluations, or None) -> named weights after a short training",
+    "training": "callable: (updates, folder or None) -> named weights; goes on from what is saved there, and saves",
+    "poisoned_training": "callable: () -> (named weights, what was said); the loss of the third update is NaN",
+    "rates": "callable: (updates, micro-batches in each) -> the learning rate of each update",
+    "warmup": "int: updates in which the learning rate rises",
+    "top_rate": "float: the highest learning rate",
+    "make_optimizer": "callable: nn.Module -> its optimizer, with step(), as the training makes it",
+    "optimizer_settings": "dict: lr, betas, eps, weight_decay that it has, if it is an AdamW",
+    "save_numbered": "callable: (folder, number) -> None, saves a snapshot of that number, keeping one",
+    "newest_number": "callable: (folder) -> number of the snapshot that a resumed training would take, or None",
 }
 
 

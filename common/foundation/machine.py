@@ -6,7 +6,6 @@ import sys
 
 import psutil
 
-
 _in_workers = 0.0
 
 

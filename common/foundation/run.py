@@ -361,4 +361,6 @@ def script(module_name: str) -> None:
     announce(f"config: {json.dumps(as_dict(config))}")
     module.main(config)
     folder = Path(module.__file__).resolve().parent.name
-    print(json.dumps(result(run_directory(folder, config))))
+    directory = run_directory(folder, config)
+    if os.environ.get("RANK", "0") == "0" and status(directory) == "finished":  # one of several processes speaks
+        print(json.dumps(result(directory)))

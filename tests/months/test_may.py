@@ -55,7 +55,7 @@ def test_a_tiny_run_finishes_claims_nothing_and_leaves_a_model(tiny):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_killed_in_the_training_and_run_again_it_ends_with_the_same_model(tiny, tmp_path):
-    runs, undisturbed, _ = tiny
+    _, undisturbed, _ = tiny
     process = subprocess.Popen(
         COMMAND, env=environment(tmp_path), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )

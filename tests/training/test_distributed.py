@@ -20,7 +20,7 @@ from common.training.distributed import World, inner
 from common.training.snapshots import Snapshots, whole_tensors
 from tests.training import ranks
 from tests.training.ranks import ACCUMULATE, RESUMED, ROWS, RUNS, STEPS
-from tests.training.tiny import CONFIG, Ragged, stream_of
+from tests.training.tiny import CONFIG, Ragged, Words, stream_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo")
 
@@ -196,6 +196,14 @@ def test_another_optimizer_is_refused_for_shards(two, folder):
     with pytest.raises(ValueError, match=r"/first is \(16, 16\) in the snapshot and missing here"):
         training.resume()
     assert torch.equal(whole_tensors(training.model)["embedding.weight"], before)
+
+
+def test_another_tokenizer_is_refused_for_shards(two, folder):
+    training = ranks.trainer("shards-adamw", None, folder / "shards-adamw")
+    training.tokenizer = Words("other words")
+    with pytest.raises(ValueError, match="tokenizer words, 31 of….*other words"):
+        training.resume()
+    assert training.done == 0
 
 
 def test_a_snapshot_of_shards_is_checked_as_a_whole(two, folder, tmp_path):

@@ -1,7 +1,7 @@
 """Every probe, in the order of the kill matrix: for each month first what everybody looks at, then what finds the bug."""
 
 from common.diagnostics.core import Probe
-from common.diagnostics.probes import harness, models, modules, records, samplers, texts, tokens
+from common.diagnostics.probes import harness, models, modules, records, samplers, texts, tokens, training
 
 ALL: tuple[Probe, ...] = (
     texts.beats_unigram,
@@ -56,6 +56,25 @@ ALL: tuple[Probe, ...] = (
     modules.parameter_count_agrees,
     modules.weights_survive,
     modules.gradient_by_depth,
+    training.loss_falls,
+    training.known_entropy,
+    training.honest_log,
+    training.bits_from_bytes,
+    training.accumulation_invariance,
+    training.gradient_equivalence,
+    training.same_batch,
+    training.honest_evaluator,
+    training.evaluated_twice,
+    training.evaluation_changes_nothing,
+    training.schedule_shape,
+    training.every_update_moves,
+    training.unused_decay,
+    training.optimizer_reference,
+    training.run_twice,
+    training.bitwise_resume,
+    training.strict_load,
+    training.kill_during_save,
+    training.finite_state,
 )
 
 
