@@ -61,7 +61,7 @@ def token_sizes(tokenizer: Tokenizer) -> Int[Tensor, "V"]:
     return torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: sharded weights are gathered into what training uses, too
 def score_documents(
     model: LanguageModel, tokenizer: Tokenizer, documents: Sequence[Document], *, length: int = 4096
 ) -> TextScore:

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def own_nats(module: nn.Module, micro: Sequence[MicroBatch]) -> float:
         return float(nats(copy.deepcopy(module).eval(), micro))
 
 
-def known_tokens(vocab_size: int, count: int = 20_480) -> np.ndarray:
+def known_tokens(vocab_size: int, count: int = 12_288) -> np.ndarray:
     """Eight texts of a source of known entropy rate as one stream of ids from 0 to 15: a token a symbol."""
     text = "".join(MarkovSource().texts(8, count // 8 + 1, seed=5))[: count + 1]
     return (np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - ord("a")) % vocab_size
@@ -54,6 +54,11 @@ def known_tokens(vocab_size: int, count: int = 20_480) -> np.ndarray:
 def differing(these: Mapping[str, Tensor], those: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors that are not the same bit for bit."""
     return [n for n in sorted({*these, *those}) if n not in these or n not in those or not these[n].equal(those[n])]
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest, or NaN if there is one: `max` may lose it."""
+    return float(np.max(list(values)))
 
 
 def some(names: Sequence[str]) -> str:
@@ -79,7 +84,9 @@ def known_entropy(losses: Callable, vocab_size: int, *, below: float = 0.12, abo
     rate = MarkovSource().entropy_rate * math.log(2)
     found = list(losses(known_tokens(vocab_size)))
     end = float(np.mean(found[-max(1, len(found) // 5) :]))
-    return Reading(max((rate - end) / below, (end - rate) / above), 1.0, f"ends at {end:.3f}, entropy rate {rate:.3f} nats")
+    return Reading(
+        max((rate - end) / below, (end - rate) / above), 1.0, f"ends at {end:.3f}, entropy rate {rate:.3f} nats"
+    )
 
 
 @probe("honest-log", "is the logged loss that of the whole update?")
@@ -118,17 +125,19 @@ def accumulation_invariance(gradient_norm: Callable, vocab_size: int, *, toleran
     whole = tuple(torch.cat(part) for part in zip(*parts, strict=True))
     halves = [tuple(torch.cat(pair) for pair in zip(*parts[i : i + 2], strict=True)) for i in (0, 2)]
     norms = [float(gradient_norm(micro)) for micro in ([whole], halves, parts)]
-    apart = max(abs(norm / norms[0] - 1) for norm in norms)
+    apart = worst(abs(norm / norms[0] - 1) for norm in norms)
     return Reading(apart, tolerance, f"norms {', '.join(f'{norm:.4g}' for norm in norms)}")
 
 
 @probe("gradient-equivalence", "is the gradient of an accumulated update that of the full batch?")
-def gradient_equivalence(gradients: Callable, module: nn.Module, vocab_size: int, *, tolerance: float = 1e-4) -> Reading:
+def gradient_equivalence(
+    gradients: Callable, module: nn.Module, vocab_size: int, *, tolerance: float = 1e-4
+) -> Reading:
     """Micro-batches with 16, 9, 4 and 1 targets, then only the first two, as where an epoch ends.
 
     The value is the largest difference of a tensor's gradient, relative to its norm.
     """
-    worst, where = 0.0, "none"
+    apart = {}
     for counts in ((16, 9, 4, 1), (16, 9)):
         micro, twin = micro_batches(vocab_size, counts), copy.deepcopy(module).eval()
         found = gradients(micro)
@@ -137,12 +146,10 @@ def gradient_equivalence(gradients: Callable, module: nn.Module, vocab_size: int
         whole = float(torch.stack([g.norm() for g in expected.values()]).norm())
         for name, wanted in expected.items():
             # a tensor with next to no gradient is compared with the whole
-            apart = float((found[name] - wanted).norm() / wanted.norm().clamp(min=1e-3 * whole))
-            if not apart <= worst:
-                worst, where = apart, f"{name} with {len(counts)} micro-batches"
-            if math.isnan(apart):
-                return Reading(apart, tolerance, where)
-    return Reading(worst, tolerance, f"relative difference, largest in {where}")
+            size = wanted.norm().clamp(min=1e-3 * whole)
+            apart[f"{name} with {len(counts)} micro-batches"] = float((found[name] - wanted).norm() / size)
+    where = list(apart)[int(np.argmax(list(apart.values())))]  # argmax finds NaN
+    return Reading(apart[where], tolerance, f"relative difference, largest in {where}")
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -154,7 +161,9 @@ def text_rows(vocab_size: int, rows: int = 8, length: int = 17) -> Tensor:
 
 
 @probe("honest-evaluator", "is the validation loss the loss?")
-def honest_evaluator(validation_loss: Callable, module: nn.Module, vocab_size: int, *, tolerance: float = 1e-3) -> Reading:
+def honest_evaluator(
+    validation_loss: Callable, module: nn.Module, vocab_size: int, *, tolerance: float = 1e-3
+) -> Reading:
     """The reported number against the probe's own evaluation of the same model on the same rows."""
     rows = text_rows(vocab_size)
     one = (rows[:, :-1], rows[:, 1:], torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool))
@@ -163,7 +172,9 @@ def honest_evaluator(validation_loss: Callable, module: nn.Module, vocab_size: i
 
 
 @probe("same-batch", "do training and validation agree about the same rows?")
-def same_batch(training_loss: Callable, validation_loss: Callable, vocab_size: int, *, tolerance: float = 1e-3) -> Reading:
+def same_batch(
+    training_loss: Callable, validation_loss: Callable, vocab_size: int, *, tolerance: float = 1e-3
+) -> Reading:
     """Needs nothing but the two numbers: the logged loss of an update, from before it, and the validation loss."""
     rows = text_rows(vocab_size)
     one = (rows[:, :-1], rows[:, 1:], torch.ones(len(rows), rows.shape[1] - 1, dtype=torch.bool))
@@ -191,12 +202,12 @@ def evaluation_changes_nothing(evaluated: Callable) -> Reading:
 
 
 @probe("schedule-shape", "are the learning rates those that were asked for?")
-def schedule_shape(rates: Callable, warmup: int, top_rate: float, *, updates: int = 24) -> Reading:
+def schedule_shape(rates: Callable, warmup: int, top_rate: float, *, updates: int = 16) -> Reading:
     """The rates that updates were made with: above 0, rising for the warm-up, then never again, with the top that was set.
 
-    And with four micro-batches the same: an update is an update.
+    And with two micro-batches the same: an update is an update.
     """
-    one, four, wrong = list(rates(updates, 1)), list(rates(updates, 4)), []
+    one, two, wrong = list(rates(updates, 1)), list(rates(updates, 2)), []
     top = max(one)
     peak = one.index(top)
     if not one[0] > 0:
@@ -209,8 +220,8 @@ def schedule_shape(rates: Callable, warmup: int, top_rate: float, *, updates: in
         b > a for a, b in zip(one[peak:-1], one[peak + 1 :], strict=True)
     ):
         wrong.append("it does not rise and then fall")
-    if not np.allclose(one, four, rtol=1e-6, atol=0):
-        wrong.append("four micro-batches change it")
+    if not np.allclose(one, two, rtol=1e-6, atol=0):
+        wrong.append("two micro-batches change it")
     return Reading(float(len(wrong)), 0.0, "; ".join(wrong) or "as asked for")
 
 
@@ -272,8 +283,7 @@ def optimizer_reference(
         float((p.detach().double() - other.detach()).norm() / (other.detach() - begin).norm())
         for (p, other), begin in zip(pairs, start, strict=True)
     ]
-    worst = apart[int(np.argmax(apart))]  # argmax finds NaN
-    return Reading(worst, tolerance, f"largest difference after {steps} steps, relative to the way gone")
+    return Reading(worst(apart), tolerance, f"largest difference after {steps} steps, relative to the way gone")
 
 
 # --- a run, interrupted and repeated ----------------------------------------------------------------------------------
@@ -287,16 +297,16 @@ def run_twice(training: Callable) -> Reading:
 
 
 @probe("bitwise-resume", "does a resumed training end with the bits of an undisturbed one?")
-def bitwise_resume(training: Callable, *, updates: int = 9) -> Reading:
-    """Stopped early, late, and twice: weights, optimizer state, position in the data and dropout must all come back."""
+def bitwise_resume(training: Callable, *, updates: int = 6) -> Reading:
+    """Stopped early, and stopped twice: weights, optimizer state, position in the data and dropout must all come back."""
     undisturbed, wrong = training(updates, None), []
-    for stops in ((1,), (7,), (3, 5)):
+    for stops in ((1,), (2, 4)):
         with tempfile.TemporaryDirectory() as folder:
             for stop in stops:
                 training(stop, Path(folder))
             if differing(undisturbed, training(updates, Path(folder))):
                 wrong.append(" and ".join(map(str, stops)))
-    return Reading(float(len(wrong)), 0.0, f"of 3 interrupted runs differ; stopped after {'; '.join(wrong) or 'none'}")
+    return Reading(float(len(wrong)), 0.0, f"of 2 interrupted runs differ; stopped after {'; '.join(wrong) or 'none'}")
 
 
 @probe("strict-load", "is a checkpoint with other names refused, or else loaded?")
@@ -385,6 +395,4 @@ def finite_state(poisoned_training: Callable) -> Reading:
     weights, said = poisoned_training()
     bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     told = any(number in said.replace(",", " ").replace(":", " ").split() for number in ("2", "3"))
-    return Reading(
-        float(bool(bad)) + float(not told), 0.0, f"not finite: {some(bad)}; said: {said[:40] or 'nothing'}"
-    )
+    return Reading(float(bool(bad)) + float(not told), 0.0, f"not finite: {some(bad)}; said: {said[:40] or 'nothing'}")
