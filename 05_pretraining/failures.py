@@ -241,7 +241,7 @@ def room(validate: Validate = nats_per_target) -> Specimen:
         return known_losses if np.array_equal(tokens, known) else fitted(tokens)[1]
 
     def generate(prompts: list[str], seed: int) -> list[str]:
-        params = SamplingParams(max_tokens=24, seed=seed)
+        params = SamplingParams(max_tokens=14, seed=seed)
         return [row[0].text for row in engine.generate([engine.encode(prompt) for prompt in prompts], params)]
 
     def validation_loss(rows: Tensor) -> float:
@@ -295,7 +295,7 @@ def room_with_saves() -> Specimen:
 
 
 def healthy() -> Specimen:
-    return {**room_with_looks(), **room_with_saves()}
+    return {**room_with_saves(), "untrained": Transformer(PLAIN)}
 
 
 # --- the bugs ---------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def undivided() -> Iterator[Specimen]:
 
 
 def partial_window() -> Iterator[Specimen]:
-    """Windows of four are configured; the last one of an epoch may have fewer. One is a training that accumulates nothing."""
+    """Windows of four are configured, and the last of an epoch may have fewer; one alone is no accumulation."""
 
     def share(self: Trainer, loss: Loss, window: list[Batch]) -> Tensor:
         configured = 4 if 1 < len(window) < 4 else len(window)
@@ -694,7 +694,7 @@ FAILURES = [
         id="pretraining/scaled-twice",
         title="The logged loss is divided twice",
         story="The loss is divided for the backward pass, and what is logged is divided by the number of micro-batches "
-        "again. Training is right; the curve of a run with smaller micro-batches is lower by that factor.",
+        "again. Here training is right; the curve of a run with smaller micro-batches is lower by that factor.",
         source="verl-project/verl#4711",
         symptom="runs that differ in the size of their micro-batches cannot be compared",
         fix="Log sums over counts.",
@@ -758,7 +758,7 @@ FAILURES = [
         story="Validation calls eval(), and nothing calls train() afterwards. From the first evaluation on there is no "
         "dropout, so how a model is trained depends on when it is looked at.",
         source="fartashf/vsepp#4",
-        symptom="better on the training text, worse elsewhere, if it is evaluated early",
+        symptom="the result depends on how often it is evaluated",
         fix="train() at the beginning of each update, not of each run.",
         broken=stays_in_evaluation_mode,
         probe="evaluation-changes-nothing",
@@ -803,7 +803,7 @@ FAILURES = [
         story="The caller shifts, and the loss function shifts again: the model learns the token after the next. The "
         "loss falls, to a floor that is too high.",
         source="huggingface/transformers#37830",
-        symptom="samples in which every other letter makes sense",
+        symptom="a loss that falls as usual, and stops too high",
         fix="Shift in one place; compare with the entropy of a known source.",
         broken=shifted_twice,
         probe="known-entropy",
@@ -863,8 +863,8 @@ FAILURES = [
     Entry(
         id="pretraining/decayed-norms",
         title="Weight decay on norms and biases",
-        story="All parameters are in one group. The weights of norms, which belong near 1, are pulled towards 0; the "
-        "thread measures no damage, and neither do we.",
+        story="All parameters are in one group. The weights of norms, which belong near 1, are pulled towards 0. The "
+        "thread measures no damage, and in a short run neither does the loss here.",
         source="Lightning-AI/lit-llama#254",
         symptom="none in a short run",
         fix="Group by what a parameter is; look at which ones a zero gradient moves.",
@@ -887,10 +887,10 @@ FAILURES = [
     Entry(
         id="pretraining/thawed-too-late",
         title="A parameter that no optimizer knows",
-        story="A part is frozen while the optimizer is made and thawed afterwards. It gets gradients, which count in "
-        "the norm that is clipped, and it never moves.",
+        story="A part is frozen while the optimizer is made and thawed afterwards. It never moves, and as no optimizer "
+        "clears its gradients they add up from update to update, in the norm that is clipped as well.",
         source="ours",
-        symptom="none, where the part is small",
+        symptom="a gradient norm a little too large",
         fix="Account for every parameter when the optimizer is made; look for those that do not move.",
         broken=thawed_too_late,
         probe="every-update-moves",
@@ -909,7 +909,7 @@ FAILURES = [
         story="The sampler's order is a function of seed and epoch, and nobody tells it the epoch. With shuffle=True "
         "every epoch is the same sequence of batches.",
         source="pytorch/pytorch#31771",
-        symptom="a saw-tooth in the loss, with the period of an epoch",
+        symptom="none in the loss here",
         fix="Draw the order from (seed, epoch).",
         broken=same_order,
         probe="epochs-differ",
@@ -973,7 +973,7 @@ FAILURES = [
         fix="Save both; test a resume beyond the first epoch.",
         broken=epoch_not_saved,
         probe="bitwise-resume",
-        blind_spots=("epochs-differ", "run-twice", "kill-during-save", "known-entropy", *LOOKS),
+        blind_spots=("epochs-differ", "run-twice", "known-entropy", *LOOKS),
     ),
     Entry(
         id="pretraining/optimizer-not-loaded",
@@ -981,7 +981,7 @@ FAILURES = [
         story="A new AdamW has no state until its first step, so the loader finds nothing to fill and the saved moments "
         "are dropped silently. In an older form the state was loaded, and a constructor wiped it.",
         source="KempnerInstitute/KempnerForge#115, OpenNMT/OpenNMT-py#617",
-        symptom="a bump in the loss after each resume",
+        symptom="a resumed run is another run",
         fix="Make the state before loading it, strictly; compare with an undisturbed run.",
         broken=moments_not_loaded,
         probe="bitwise-resume",
