@@ -5,27 +5,21 @@ Several processes: torchrun --nproc-per-node 2 05_pretraining/run.py --parallel 
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from common.data.stream import BatchStream
-from common.evaluation.text import token_sizes
-from common.foundation.device import Device, pick_device
+from common.foundation.device import pick_device
 from common.foundation.run import Run, announce, needed, run_directory, script
 from common.model.config import ModelConfig
-from common.model.cost import flops_per_token
 from common.model.transformer import Transformer
 from common.studies import base, trials
 from common.tokenization.bpe import BPETokenizer
-from common.tokenization.protocol import END_OF_TEXT
 from common.training.checkpoint import load_checkpoint, model_fingerprint, save_checkpoint
-from common.training.distributed import World, inner
-from common.training.optimizers import make_optimizers
-from common.training.schedules import Schedule
-from common.training.snapshots import Snapshots, whole_tensors
-from common.training.trainer import Settings, Trainer
+from common.training.distributed import World, spread
+from common.training.snapshots import whole_tensors
+from common.training.trainer import Trainer
 
 INPUTS = ("02_tokenization", "shakespeare", "wiki", "web")
 
@@ -44,29 +38,30 @@ class Config:
     rows: int | None = None  # of an update, over all processes and micro-batches
     accumulate: int = 1
     megabytes: float | None = None  # of text, read once
-    plays: float = 0.37  # shares of the text
-    wiki: float = 0.1
-    web: float = 0.08
-    arithmetic: float = 0.45
+    plays: float = 0.34  # shares of the text
+    wiki: float = 0.09
+    web: float = 0.07
+    arithmetic: float = 0.5
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
     looks: int | None = None  # evaluations on the way
     questions: int | None = None  # of each kind of problem at the end
     studies: float | None = None  # length of the small studies; 1 is what the article shows
+    processes: int | None = None  # on a machine without GPUs, started here; with torchrun say how to share below
     parallel: Literal["none", "data", "shards"] = "none"
     plan: bool = False  # only say what the training would take
 
 
 SIZES = {
     "tiny": {"vocab_size": 512, "layers": 1, "width": 16, "heads": 2, "length": 32, "rows": 4, "megabytes": 0.01,
-             "looks": 2, "questions": 3, "studies": 0.01},
+             "looks": 2, "questions": 3, "studies": 0.01, "processes": 1},
     "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 16, "megabytes": 14.0,
-              "looks": 10, "questions": 60, "studies": 1.0},
+              "looks": 10, "questions": 60, "studies": 1.0, "processes": 2},
     "medium": {"vocab_size": 4096, "layers": 12, "width": 512, "heads": 8, "length": 512, "rows": 128,
-               "megabytes": 400.0, "looks": 20, "questions": 200, "studies": 1.0},
+               "megabytes": 400.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
     "large": {"vocab_size": 8192, "layers": 24, "width": 1024, "heads": 16, "length": 1024, "rows": 512,
-              "megabytes": 4000.0, "looks": 20, "questions": 200, "studies": 1.0},
+              "megabytes": 4000.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
 }  # fmt: skip
 
 
@@ -80,61 +75,40 @@ def main(config: Config) -> None:
             announce(base.plan(shape, len(data.ids), config.rows, device, world.size))
         if config.plan:
             return
-        run = opened.enter_context(Run("05_pretraining", config, inputs=INPUTS)) if world.rank == 0 else None
-        world.meet()  # the first makes the folder
-        trainer = make_trainer(config, shape, tokenizer, data, world, device)
+        run, folder = None, run_directory("05_pretraining", config)
+        if world.rank == 0:
+            run = opened.enter_context(Run("05_pretraining", config, inputs=INPUTS))
+            np.save(folder / "stream.npy", data.ids)
+            tokenizer.save(folder / "model/tokenizer.json")
+        world.meet()  # the first has made the files
+        updates = max(1, len(data.ids) // (config.length * config.rows))
+        job = base.Pretraining(
+            shape, *(str(folder / name) for name in ("stream.npy", "model/tokenizer.json", "snapshots")), data.looks,
+            config.rows, max(1, updates // config.looks), config.seed, config.accumulate, config.optimizer,
+            config.learning_rate, config.weight_decay, str(device.dtype).removeprefix("torch."),
+            device.peak_flops / config.processes, config.parallel,
+        )  # fmt: skip
+        if world.size == 1 and config.processes > 1:
+            spread(base.train, config.processes, replace(job, parallel="data"))
+        trainer = job.trainer(world)  # finds what those have left, if there were any
         trainer.watch = None if run is None else lambda row: run.log(**row)
         tensors = whole_tensors(trainer.train().model)
         if run is not None:
             save_checkpoint(run.path("model"), Transformer(shape), tokenizer, tensors=tensors)
-            tokenizer.save(run.path("model/tokenizer.json"))
-            report(run, config, tokenizer, data, trainer, str(words))
+            report(run, config, tokenizer, data, trainer)
 
 
-def make_trainer(
-    config: Config, shape: ModelConfig, tokenizer: BPETokenizer, data: base.BaseData, world: World, device: Device
-) -> Trainer:
-    """Of the base model; killed and started again, it goes on."""
-    rows, left = divmod(config.rows, world.size * config.accumulate)
-    if left:
-        raise ValueError(f"{config.rows} rows do not divide by {world.size} processes x {config.accumulate} passes")
-    stream = BatchStream(data.ids, length=config.length, batch_size=rows, end_of_text=tokenizer.specials[END_OF_TEXT],
-                         seed=config.seed, rank=world.rank, world_size=world.size)  # fmt: skip
-    steps = stream.chunks // config.rows
-    every = max(1, steps // config.looks)
-    model, rates = (
-        world.wrap(Transformer(shape, seed=config.seed), config.parallel),
-        Schedule(steps, steps // 50, "wsd", 0.0),
-    )
-    return Trainer(
-        model,
-        stream,
-        make_optimizers(model, config.optimizer, learning_rate=config.learning_rate, weight_decay=config.weight_decay),
-        rates,
-        Settings(config.seed, config.accumulate, 1.0, device.dtype, every, max(1, every // 2)),
-        evaluate=lambda model, _: base.curve_point(inner(model), tokenizer, data.looks),
-        snapshots=Snapshots(run_directory("05_pretraining", config) / "snapshots"),
-        tokenizer=tokenizer,
-        byte_lengths=token_sizes(tokenizer),
-        world=world,
-        label="base model",
-        flops_per_token=flops_per_token(shape, config.length),
-        peak_flops=device.peak_flops,
-    )
-
-
-def report(
-    run: Run, config: Config, tokenizer: BPETokenizer, data: base.BaseData, trainer: Trainer, words: str
-) -> None:
+def report(run: Run, config: Config, tokenizer: BPETokenizer, data: base.BaseData, trainer: Trainer) -> None:
     """Baselines, what it can do, and the small studies."""
     model, stream = load_checkpoint(run.path("model"), tokenizer), run.path("stream.npy")
     claims, rows, figures, samples, spent = base.report(
         model, tokenizer, data, trainer, run.path, seed=config.seed, questions=config.questions
     )
-    np.save(stream, data.ids)
-    given = {"vocab_size": config.vocab_size, "width": round(1.5 * config.width), "rows": config.rows,
-             "updates": trainer.settings.evaluate_every, "length": config.length, "looks": data.looks}  # fmt: skip
-    found = trials.answers(trials.jobs(config.studies, str(stream), words, given), run.path("studies.json"))
+    given = {"width": round(1.5 * config.width), "rows": config.rows, "updates": trainer.settings.evaluate_every,
+             "length": config.length, "looks": data.looks}  # fmt: skip
+    found = trials.answers(
+        trials.jobs(config.studies, str(stream), str(run.path("model/tokenizer.json")), given), run.path("studies.json")
+    )
     stream.unlink()
     shutil.rmtree(run.path("snapshots"))  # they were for a kill
     said, more, shown = trials.report(found, run.path, trainer, data, tokenizer)

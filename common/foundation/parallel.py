@@ -48,7 +48,7 @@ def each(
 @functools.cache
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Kept until the end: a worker takes seconds to import torch."""
-    with _environment(QUIET):
+    with environment(QUIET):
         pool = ProcessPoolExecutor(
             workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
         )
@@ -72,7 +72,8 @@ def _call(work: Callable[..., Result], job: Mapping[str, Any]) -> tuple[Result, 
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These variables for processes that are started within."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

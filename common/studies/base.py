@@ -8,7 +8,7 @@ training text does not contain.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from common.data import arithmetic
 from common.data.cleaning import mixture
 from common.data.corpora import year_sources
 from common.data.documents import Document, tokenize_documents
-from common.evaluation.text import score_documents
+from common.data.stream import BatchStream
+from common.evaluation.text import score_documents, token_sizes
 from common.foundation.device import Device
 from common.foundation.evidence import claim, number
 from common.foundation.plots import curves, save
@@ -30,11 +31,15 @@ from common.model.ngram import NGram
 from common.model.output import LanguageModel
 from common.model.transformer import Transformer
 from common.tokenization.bpe import BPETokenizer
-from common.tokenization.protocol import Tokenizer
+from common.tokenization.protocol import END_OF_TEXT, Tokenizer
+from common.training.distributed import Parallel, World, inner
+from common.training.optimizers import make_optimizers
+from common.training.schedules import Schedule
+from common.training.snapshots import Snapshots
+from common.training.trainer import Settings, Trainer
 
-if TYPE_CHECKING:
-    from common.training.trainer import Trainer
-
+# Shares of the arithmetic documents. Sums have the most to learn: carrying, and lists that change.
+FAMILIES = {"sums": 0.5, "checksum": 0.15, "mod_chain": 0.2, "plain_sum": 0.15}
 # Tested at these numbers of numbers: three to eight in training.
 LOOKS = (("plain_sum", 3), ("checksum", 6), ("mod_chain", 6), ("sums", 3), ("sums", 5), ("sums", 7))
 PROMPTS = ("ROMEO:\n", "The history of the city ", "add 47 16 82 35\n")
@@ -58,11 +63,73 @@ def shares_of(config: Any) -> dict[str, float]:
     return {name: getattr(config, name) for name in ("plays", "wiki", "web", "arithmetic")}
 
 
+@dataclass(frozen=True)
+class Pretraining:
+    """All that a process needs to know to train the base model, in files and plain values.
+
+    Attributes:
+        stream, tokenizer, snapshots: paths.
+        rows: of an update, over all processes and micro-batches.
+        every: updates between two evaluations; snapshots are taken twice as often.
+        peak_flops: of one process.
+    """
+
+    shape: ModelConfig
+    stream: str
+    tokenizer: str
+    snapshots: str
+    looks: Looks
+    rows: int
+    every: int
+    seed: int = 0
+    accumulate: int = 1
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    dtype: str = "float32"
+    peak_flops: float = 0.0
+    parallel: Parallel = "none"
+
+    def trainer(self, world: World) -> Trainer:
+        """Killed and made again, it goes on where its last snapshot was."""
+        words = BPETokenizer.load(self.tokenizer)
+        rows, left = divmod(self.rows, world.size * self.accumulate)
+        if left:
+            raise ValueError(f"{self.rows} rows do not divide by {world.size} processes x {self.accumulate} passes")
+        length = self.shape.context_length
+        stream = BatchStream(
+            np.load(self.stream), length=length, batch_size=rows, end_of_text=words.specials[END_OF_TEXT],
+            seed=self.seed, rank=world.rank, world_size=world.size,
+        )  # fmt: skip
+        steps, model = stream.chunks // self.rows, world.wrap(Transformer(self.shape, seed=self.seed), self.parallel)
+        rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        return Trainer(
+            model,
+            stream,
+            make_optimizers(model, self.optimizer, **rates, muon_dtype=getattr(torch, self.dtype)),
+            Schedule(steps, steps // 50, "wsd", floor=0.0),
+            Settings(self.seed, self.accumulate, 1.0, getattr(torch, self.dtype), self.every, max(1, self.every // 2)),
+            evaluate=lambda model, _: curve_point(inner(model), words, self.looks),
+            snapshots=Snapshots(self.snapshots),
+            tokenizer=words,
+            byte_lengths=token_sizes(words),
+            world=world,
+            label="base model",
+            flops_per_token=flops_per_token(self.shape, length),
+            peak_flops=self.peak_flops,
+        )
+
+
+def train(world: World, job: Pretraining) -> None:
+    """What each process does; the result is the last snapshot."""
+    job.trainer(world).train()
+
+
 def sources(split: str, arithmetic_documents: int, seed: int) -> dict[str, list[Document]]:
     """The documents of the year in one split, January's bare sums replaced by worked arithmetic."""
     found = year_sources(split)
     del found["sums"]  # January's test sums are pairs; nothing here is held out by pairs
-    return {**found, "arithmetic": arithmetic.training_documents(split, arithmetic_documents, seed)}
+    return {**found, "arithmetic": arithmetic.training_documents(split, arithmetic_documents, seed, families=FAMILIES)}
 
 
 def base_data(tokenizer: BPETokenizer, shares: Mapping[str, float], bytes_in_all: int, seed: int) -> BaseData:
@@ -140,7 +207,7 @@ def report(
     model: Transformer,
     tokenizer: BPETokenizer,
     data: BaseData,
-    trainer: "Trainer",
+    trainer: Trainer,
     place: Callable[[str], Path],
     *,
     seed: int,

@@ -49,12 +49,10 @@ def text(share: float = 1.0) -> classic.Characters:
     return classic.Characters.of_shakespeare().scored_on(share)
 
 
-def lstm(
-    stream: str, tokenizer: str, vocab_size: int, width: int, updates: int, rows: int, length: int, looks: Looks
-) -> dict[str, Any]:
+def lstm(stream: str, tokenizer: str, width: int, updates: int, rows: int, length: int, looks: Looks) -> dict[str, Any]:
     """An LSTM of about the size of the base model, after so many updates on the same batches."""
-    words = BPETokenizer.load(tokenizer).truncated(vocab_size)
-    model = Recurrent("lstm", vocab_size, width=width)
+    words = BPETokenizer.load(tokenizer)
+    model = Recurrent("lstm", words.vocab_size, width=width)
     batches = BatchStream(np.load(stream), length=length, batch_size=rows, end_of_text=words.specials[END_OF_TEXT])
     schedule = Schedule(updates, max(1, updates // 20), "wsd", floor=0.0)
     optimizers = make_optimizers(model, "adamw", learning_rate=4e-3)

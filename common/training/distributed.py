@@ -6,16 +6,25 @@ Losses are divided by the number of targets over ALL processes, so that the resu
 
     torchrun --nproc-per-node 2 05_pretraining/run.py --parallel data        (or --parallel shards)
 
+On one machine without GPUs `spread` starts them itself: two processes with a thread each do more than one with two threads,
+and do not wait for each other in every product when the machine is busy.
+
 With `--max-restarts` and a rendezvous by c10d, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: torch 2.13 keeps the addresses of
 the dead processes in its store, and one that is started again may wait for them.
 """
 
 import contextlib
+import multiprocessing
 import os
-from collections.abc import Iterator
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,6 +32,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from common.foundation.machine import count_workers
+from common.foundation.parallel import environment
 
 Parallel = Literal["none", "data", "shards"]
 
@@ -103,3 +115,57 @@ def inner(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def spread(work: Callable[..., None], processes: int, *arguments: Any) -> None:
+    """work(world, *arguments) in so many processes of this machine, one thread each; returns when all are done.
+
+    Args:
+        work: a function of a module, with arguments that can be pickled between processes.
+    Raises:
+        RuntimeError: one of them failed; what it said is on standard error, and the others are stopped.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
+        meeting, bill = (Path(folder) / "meeting").as_uri(), context.Queue()
+        started = [
+            context.Process(target=_member, args=(rank, processes, meeting, os.getpid(), bill, work, *arguments))
+            for rank in range(processes)
+        ]
+        for one in started:
+            one.start()
+        try:
+            while any(one.is_alive() for one in started):
+                failed = [one for one in started if one.exitcode]
+                if failed:
+                    raise RuntimeError(f"process {started.index(failed[0])} of {processes} failed: see above")
+                started[0].join(0.05)
+        finally:
+            for one in started:
+                one.terminate()
+                one.join()
+        failed = [one for one in started if one.exitcode]
+        if failed:
+            raise RuntimeError(f"process {started.index(failed[0])} of {processes} failed: see above")
+        count_workers(sum(bill.get() for _ in started))
+
+
+def _member(
+    rank: int, size: int, meeting: str, parent: int, bill: Any, work: Callable[..., None], *arguments: Any
+) -> None:
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(minutes=10))
+    try:
+        work(World(rank, size), *arguments)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    bill.put(time.process_time())
+
+
+def _leave_with(parent: int) -> None:
+    """A killed parent must not leave processes behind that go on writing."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)

@@ -69,8 +69,12 @@ class Snapshots:
                 "files": {path.relative_to(partial).as_posix(): sha256_file(path) for path in files},
             }
             write_json(partial / "progress.json", progress)
-            shutil.rmtree(place, ignore_errors=True)
+            aside = place.with_name(f".{place.name}.old")
+            if place.exists():  # saved twice: never a moment without one
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(place, aside)
             os.replace(partial, place)
+            shutil.rmtree(aside, ignore_errors=True)
             # Not among the newer ones: those are damaged, and must not push out what is whole.
             behind = [path for path in self.all() if path.name <= place.name]
             for old in behind[self.keep :]:  # gallery: pretraining/delete-before-write
