@@ -272,3 +272,24 @@ def training_documents(
         text = worked(question, lines, str(family.solve(terms)))
         documents.append(Document(f"{family.name} {split} {seed}.{i}", family.name, text))
     return documents
+
+
+def drill_documents(count: int, seed: int, *, lines: int = 12) -> list[Document]:
+    """Single additions, as they occur in the traces of `sums`: practice without the lists around it.
+
+    A line of a trace is mostly bookkeeping; here every ten characters hold an addition. Two numbers are no problem of any
+    family, so nothing that is held out is stated.
+
+    >>> print(drill_documents(1, seed=0, lines=2)[0].text)
+    44+26=70
+    65+468=533
+    """
+    rng, documents = _rng(seed, "drills", "train"), []
+    for i in range(count):
+        # The larger is a sum of one to seven two-digit numbers, as a partial sum is.
+        sizes, small = rng.integers(1, 8, lines), rng.integers(10, 100, lines)
+        large = [int(rng.integers(10, 100, size).sum()) for size in sizes]
+        pairs = zip(large, small.tolist(), rng.random(lines).tolist(), strict=True)
+        text = "\n".join(f"{b}+{a}={a + b}" if swap < 0.5 else f"{a}+{b}={a + b}" for a, b, swap in pairs)
+        documents.append(Document(f"drill {seed}.{i}", "drill", text))
+    return documents

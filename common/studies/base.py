@@ -40,10 +40,11 @@ from common.training.trainer import Settings, Trainer
 
 # Shares of the arithmetic documents. Sums have the most to learn: carrying, and lists that change.
 FAMILIES = {"sums": 0.5, "checksum": 0.15, "mod_chain": 0.2, "plain_sum": 0.15}
+DRILLS = 0.3  # documents of bare additions for each worked one, in training only: digits are learned there
 # Tested at these numbers of numbers: three to eight in training.
 LOOKS = (("plain_sum", 3), ("checksum", 6), ("mod_chain", 6), ("sums", 3), ("sums", 5), ("sums", 7))
 PROMPTS = ("ROMEO:\n", "The history of the city ", "add 47 16 82 35\n")
-ARITHMETIC_BYTES = 72  # of a document on average: only to know how many are enough
+ARITHMETIC_BYTES = 110  # of a worked document and its share of drills: only to know how many are enough
 
 
 Looks = dict[str, list[Document]]  # "plays, seen" -> a few documents of that domain
@@ -129,7 +130,9 @@ def sources(split: str, arithmetic_documents: int, seed: int) -> dict[str, list[
     """The documents of the year in one split, January's bare sums replaced by worked arithmetic."""
     found = year_sources(split)
     del found["sums"]  # January's test sums are pairs; nothing here is held out by pairs
-    return {**found, "arithmetic": arithmetic.training_documents(split, arithmetic_documents, seed, families=FAMILIES)}
+    worked = arithmetic.training_documents(split, arithmetic_documents, seed, families=FAMILIES)
+    drills = arithmetic.drill_documents(round(DRILLS * arithmetic_documents), seed) if split == "train" else []
+    return {**found, "arithmetic": worked + drills}
 
 
 def base_data(tokenizer: BPETokenizer, shares: Mapping[str, float], bytes_in_all: int, seed: int) -> BaseData:

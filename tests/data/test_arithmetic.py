@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.arithmetic import FAMILIES, Verdict, check_trace, problems, trace, training_documents, worked
+from common.data.arithmetic import (
+    FAMILIES,
+    Verdict,
+    check_trace,
+    drill_documents,
+    problems,
+    trace,
+    training_documents,
+    worked,
+)
 from common.data.documents import Document
 from common.data.problems import Problem
 from common.data.split import FRACTIONS, hash_split
@@ -434,3 +443,17 @@ def test_pairs_are_picked_evenly():
     firsts = [trace(problem, rng).split("=")[0] for _ in range(3000)]
     for pair in ("11+22", "11+44", "22+44"):
         assert firsts.count(pair) / 3000 == pytest.approx(1 / 3, abs=0.04)
+
+
+def test_drills_are_right_varied_and_no_problem_of_a_family():
+    documents = drill_documents(300, seed=3)
+    lines = [line for document in documents for line in document.text.splitlines()]
+    parts = [re.fullmatch(r"(\d+)\+(\d+)=(\d+)", line) for line in lines]
+    assert all(int(p[1]) + int(p[2]) == int(p[3]) for p in parts)
+    assert len(set(lines)) > 0.9 * len(lines)
+    assert {len(p[3]) for p in parts} == {2, 3}
+    assert drill_documents(300, seed=3) == documents
+    assert drill_documents(100, seed=3) == documents[:100]
+    assert drill_documents(1, seed=4) != documents[:1]
+    assert len({document.name for document in documents}) == 300
+    assert min(size for family in FAMILIES.values() for size in family.sizes) > 2
