@@ -38,10 +38,10 @@ class Config:
     rows: int | None = None  # of an update, over all processes and micro-batches
     accumulate: int = 1
     megabytes: float | None = None  # of text, read once
-    plays: float = 0.34  # shares of the text
-    wiki: float = 0.09
-    web: float = 0.07
-    arithmetic: float = 0.5
+    plays: float = 0.36  # shares of the text
+    wiki: float = 0.1
+    web: float = 0.08
+    arithmetic: float = 0.46
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
@@ -56,7 +56,7 @@ class Config:
 SIZES = {
     "tiny": {"vocab_size": 512, "layers": 1, "width": 16, "heads": 2, "length": 32, "rows": 4, "megabytes": 0.01,
              "looks": 2, "questions": 3, "studies": 0.01, "processes": 2},
-    "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 16, "megabytes": 14.0,
+    "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 16, "megabytes": 10.0,
               "looks": 10, "questions": 60, "studies": 1.0, "processes": 2},
     "medium": {"vocab_size": 4096, "layers": 12, "width": 512, "heads": 8, "length": 512, "rows": 128,
                "megabytes": 400.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
