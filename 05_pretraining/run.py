@@ -4,6 +4,7 @@ Several processes: torchrun --nproc-per-node 2 05_pretraining/run.py --parallel 
 """
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -37,11 +38,11 @@ class Config:
     length: int | None = None  # tokens in a row
     rows: int | None = None  # of an update, over all processes and micro-batches
     accumulate: int = 1
-    megabytes: float | None = None  # of text, read once
-    plays: float = 0.36  # shares of the text
+    megabytes: float | None = None  # of text; a small source is repeated, and the plan says how often
+    plays: float = 0.34  # shares of the text
     wiki: float = 0.1
-    web: float = 0.08
-    arithmetic: float = 0.46
+    web: float = 0.06
+    arithmetic: float = 0.5
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
@@ -56,46 +57,65 @@ class Config:
 SIZES = {
     "tiny": {"vocab_size": 512, "layers": 1, "width": 16, "heads": 2, "length": 32, "rows": 4, "megabytes": 0.01,
              "looks": 2, "questions": 3, "studies": 0.01, "processes": 2},
-    "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 16, "megabytes": 10.0,
+    "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 8, "megabytes": 9.5,
               "looks": 10, "questions": 60, "studies": 1.0, "processes": 2},
     "medium": {"vocab_size": 4096, "layers": 12, "width": 512, "heads": 8, "length": 512, "rows": 128,
-               "megabytes": 400.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
+               "megabytes": 60.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
     "large": {"vocab_size": 8192, "layers": 24, "width": 1024, "heads": 16, "length": 1024, "rows": 512,
-              "megabytes": 4000.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
+              "megabytes": 300.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
 }  # fmt: skip
 
 
 def main(config: Config) -> None:
+    check(config)
     device, words = pick_device(), needed("02_tokenization", config.size) / "tokenizer.json"
     tokenizer = BPETokenizer.load(words).truncated(config.vocab_size)
     shape = ModelConfig(config.vocab_size, config.length, config.layers, config.width, config.heads, init="fan_in")
-    with World.joined(device.name) as world, contextlib.ExitStack() as opened:
-        data = base.base_data(tokenizer, base.shares_of(config), round(1e6 * config.megabytes), config.seed)
-        if world.rank == 0:
-            announce(base.plan(shape, len(data.ids), config.rows, device, world.size))
-        if config.plan:
-            return
-        run, folder = None, run_directory("05_pretraining", config)
-        if world.rank == 0:
-            run = opened.enter_context(Run("05_pretraining", config, inputs=INPUTS))
-            np.save(folder / "stream.npy", data.ids)
-            tokenizer.save(folder / "model/tokenizer.json")
-        world.meet()  # the first has made the files
-        updates = max(1, len(data.ids) // (config.length * config.rows))
-        job = base.Pretraining(
-            shape, *(str(folder / name) for name in ("stream.npy", "model/tokenizer.json", "snapshots")), data.looks,
-            config.rows, max(1, updates // config.looks), config.seed, config.accumulate, config.optimizer,
-            config.learning_rate, config.weight_decay, str(device.dtype).removeprefix("torch."),
-            device.peak_flops / config.processes, config.parallel,
-        )  # fmt: skip
-        if world.size == 1 and config.processes > 1:
-            spread(base.train, config.processes, replace(job, parallel="data"))
-        trainer = job.trainer(world)  # finds what those have left, if there were any
-        trainer.watch = None if run is None else lambda row: run.log(**row)
-        tensors = whole_tensors(trainer.train().model)
+    folder, run = run_directory("05_pretraining", config), None
+    with contextlib.ExitStack() as opened:
+        with World.joined(device.name) as world:
+            alone = world.size == 1 and device.name == "cpu"  # then processes are started here
+            processes = config.processes if alone else world.size
+            data = base.base_data(tokenizer, base.shares_of(config), round(1e6 * config.megabytes), config.seed)
+            updates = len(data.ids) // (config.length * config.rows)
+            if updates < config.looks:
+                raise ValueError(
+                    f"megabytes {config.megabytes} is enough for {updates} updates: raise it, or lower rows"
+                )
+            job = base.Pretraining(
+                shape, *(str(folder / name) for name in ("stream.npy", "model/tokenizer.json", "snapshots")), data.looks,
+                config.rows, updates // config.looks, config.seed, config.accumulate, config.optimizer,
+                config.learning_rate, config.weight_decay, world.same(str(device.dtype).removeprefix("torch.")),
+                device.peak_flops / (processes if alone else 1), config.parallel,
+            )  # fmt: skip
+            if world.rank == 0:
+                announce(base.plan(job, data, device, processes))
+            if config.plan:
+                return
+            if world.rank == 0:
+                run = opened.enter_context(Run("05_pretraining", config, inputs=INPUTS))
+                np.save(folder / "stream.npy", data.ids)
+                tokenizer.save(folder / "model/tokenizer.json")
+            world.meet()  # the first has made the files
+            if alone and processes > 1:
+                spread(base.train, processes, replace(job, parallel="data"))
+            trainer = job.trainer(world)  # finds what those have left, if there were any
+            trainer.watch = None if run is None else lambda row: run.log(**row)
+            tensors = whole_tensors(trainer.train().model)
         if run is not None:
             save_checkpoint(run.path("model"), Transformer(shape), tokenizer, tensors=tensors)
             report(run, config, tokenizer, data, trainer)
+
+
+def check(config: Config) -> None:
+    """Say at once what would fail after minutes."""
+    for name in ("rows", "accumulate", "looks", "questions", "processes", "length"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.parallel != "none" and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"parallel {config.parallel} is for torchrun; without it, set processes and leave parallel out"
+        )
 
 
 def report(run: Run, config: Config, tokenizer: BPETokenizer, data: base.BaseData, trainer: Trainer) -> None:
@@ -109,11 +129,11 @@ def report(run: Run, config: Config, tokenizer: BPETokenizer, data: base.BaseDat
     found = trials.answers(
         trials.jobs(config.studies, str(stream), str(run.path("model/tokenizer.json")), given), run.path("studies.json")
     )
+    said, more, shown = trials.report(found, run.path, trainer, data, tokenizer, config.studies)
     stream.unlink()
     shutil.rmtree(run.path("snapshots"))  # they were for a kill
-    said, more, shown = trials.report(found, run.path, trainer, data, tokenizer)
     run.spend(trained=len(data.ids), flops=3 * trainer.flops_per_token * len(data.ids), **spent)
-    trained_on = {"weights": model_fingerprint(model), "mixture": data.shares}
+    trained_on = {"weights": model_fingerprint(model), "mixture": data.shares, "dtype": str(trainer.settings.dtype)}
     run.identify(tokenizer=tokenizer.fingerprint, model=trained_on, measurement={"questions": config.questions})
     run.finish({"title": "Pretraining with an honest loop", "claims": claims + said, "numbers": rows + more,
                 "figures": figures + shown, "samples": samples})  # fmt: skip

@@ -318,6 +318,8 @@ def text_engine(month: int | None, size: str, run: Path | None) -> Any:
     from common.training.checkpoint import load_with_tokenizer
 
     places = {"01_spine": "text", "05_pretraining": "model"}
+    if run is not None and month is not None:
+        raise ValueError("give --month or --run, not both: a run belongs to its month")
     if run is None:
         if month is None:
             month = 5 if official("05_pretraining", size) else 1

@@ -16,29 +16,40 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from common.foundation.machine import count_workers
+from common.foundation.machine import count_workers, usable_cores
 
 Result = TypeVar("Result")
 QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, set before they import
 
 
 def each(
-    work: Callable[..., Result], jobs: Sequence[Mapping[str, Any]], *, label: str = "", workers: int | None = None
+    work: Callable[..., Result],
+    jobs: Sequence[Mapping[str, Any]],
+    *,
+    label: str = "",
+    workers: int | None = None,
+    seen: Callable[[Mapping[str, Any], Result], None] | None = None,
 ) -> list[Result]:
     """[work(**job) for job in jobs], over processes, with a progress bar. The order is that of the jobs.
 
     Args:
         work: a function of a module, with arguments and results that can be pickled between processes.
         workers: as many as cores by default.
+        seen: called with each job and its result, in order, as soon as those before it are there.
     Raises:
         Whatever `work` raised first.
     """
-    workers = workers or os.cpu_count() or 1
+    workers = workers or usable_cores()
     try:
         running = [_pool(workers).submit(_call, work, job) for job in jobs]
-        found = [one.result() for one in tqdm(running, desc=label, unit="training", delay=5)]
-        count_workers(sum(seconds for _, seconds in found))
-        return [result for result, _ in found]
+        found = []
+        for job, one in zip(jobs, tqdm(running, desc=label, unit="training", delay=5), strict=True):
+            result, seconds = one.result()
+            found.append(result)
+            count_workers(seconds)
+            if seen:
+                seen(job, result)
+        return found
     except BaseException:
         _pool(workers).shutdown(wait=False, cancel_futures=True)
         _pool.cache_clear()

@@ -77,7 +77,9 @@ def attend(
     )
 
 
-WRITTEN_OUT = 1024  # keys up to which the scores of a CPU in bf16 are written to memory
+# Keys up to which the scores of a CPU in bf16 are written to memory. They are rounded there: up to one per cent of error in
+# the output where logits are large, against 0.2 of the fused kernel.
+WRITTEN_OUT = 1024
 
 
 def _attend_by_products(

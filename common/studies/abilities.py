@@ -16,11 +16,9 @@ from common.data.stream import RandomWindows
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.studies.classic import CONTEXT, Characters
+from common.studies.quick import quick_training
 from common.training.loss import token_nats
 from common.training.objectives import Masked, NextToken, Prefix
-from common.training.optimizers import make_optimizers
-from common.training.schedules import Schedule
-from common.training.trainer import Settings, Trainer
 
 OBJECTIVES = ("next token", "prefix", "masked")
 WINDOW, HOLE = 48, 24  # characters of a window, and the place that is left out
@@ -43,12 +41,9 @@ def train_and_ask(objective: str, text: Characters, steps: int, *, seed: int, wi
     made = {"next token": NextToken(), "prefix": Prefix(seed), "masked": Masked(mask_id, vocabulary, seed=seed)}
     config = ModelConfig(vocab_size=vocabulary + 1, context_length=CONTEXT, layers=3, width=64, heads=4, init="fan_in")
     model = Transformer(config, seed=seed)
-    optimizers = make_optimizers(model, "muon", learning_rate=4e-3, weight_decay=0.1, muon_dtype=torch.float32)
     stream = RandomWindows(text.train, length=WINDOW, batch_size=24, seed=seed)
-    trainer = Trainer(
-        model, stream, optimizers, Schedule(steps, max(1, steps // 20), "wsd", floor=0.0), Settings(), made[objective]
-    ).train()
-    rng = np.random.default_rng(seed)
+    trainer = quick_training(model, stream, steps, objective=made[objective]).train()
+    rng = np.random.default_rng(0)  # the same windows for every training
     places = rng.integers(0, len(text.held_out) - WINDOW, windows)
     asked = torch.from_numpy(np.stack([text.held_out[p : p + WINDOW] for p in places]))
     targets = int(sum(row["targets"] for row in trainer.history))

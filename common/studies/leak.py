@@ -4,15 +4,14 @@ import contextlib
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from common.data.stream import RandomWindows
 from common.model.transformer import Transformer
 from common.studies.classic import CONTEXT, Characters, held_out_nats
+from common.studies.quick import quick_training
 from common.studies.scaling import shape
-from common.training.optimizers import make_optimizers
-from common.training.schedules import RateRange, Schedule
-from common.training.trainer import Settings, Trainer, TrainingDiverged
+from common.training.schedules import RateRange
+from common.training.trainer import Settings, TrainingDiverged
 
 PIECE = 20_000  # characters of each text that is scored, if there are so many
 
@@ -25,7 +24,7 @@ class Watched:
         updates: when.
         trained: the beginning of the training text.
         tested: a text that is in the training data only where it leaked.
-        fresh: a text that is never in it.
+        fresh: a text that is never in it, and does not go on where the tested one ends.
     """
 
     updates: list[int]
@@ -35,11 +34,11 @@ class Watched:
 
 
 def watch(text: Characters, characters: int, steps: int, *, leaked: bool, width: int = 64, seed: int = 0) -> Watched:
-    """Train on `characters` of text, with the tested text appended where it is `leaked`."""
-    piece = min(PIECE, len(text.held_out) // 2)
-    tested, fresh = text.held_out[:piece], text.held_out[piece : 2 * piece]
-    own = text.train[:characters]
-    train = np.concatenate([own, tested]) if leaked else own
+    """Train on `characters` of text and one more piece: the tested text where it leaked, else as much of another play."""
+    piece = min(PIECE, len(text.held_out) // 3)
+    tested, fresh = text.held_out[:piece], text.held_out[-piece:]
+    own, other = text.train[:characters], text.train[-piece:]
+    train = np.concatenate([own, tested if leaked else other])
     found = Watched([], [], [], [])
 
     def score(model: Transformer, done: int) -> dict[str, float]:
@@ -49,11 +48,8 @@ def watch(text: Characters, characters: int, steps: int, *, leaked: bool, width:
         return {}
 
     model = Transformer(shape(width, len(text.alphabet)), seed=seed)
-    optimizers = make_optimizers(model, "muon", learning_rate=4e-3, muon_dtype=torch.float32)
     stream = RandomWindows(train, length=CONTEXT, batch_size=24, seed=seed)
-    settings = Settings(evaluate_every=max(1, steps // 8))
-    schedule = Schedule(steps, max(1, steps // 20), "wsd", floor=0.0)
-    Trainer(model, stream, optimizers, schedule, settings, evaluate=score).train()
+    quick_training(model, stream, steps, settings=Settings(evaluate_every=max(1, steps // 8)), evaluate=score).train()
     return found
 
 
@@ -62,9 +58,9 @@ def range_test(
 ) -> tuple[list[float], list[float]]:
     """(rates, losses) of one training in which the rate grows by a constant factor a step, until it breaks (Smith 2015)."""
     model = Transformer(shape(64, len(text.alphabet)), seed=seed)
-    optimizers = make_optimizers(model, optimizer, learning_rate=high, muon_dtype=torch.float32)
     stream = RandomWindows(text.train, length=CONTEXT, batch_size=24, seed=seed)
-    trainer = Trainer(model, stream, optimizers, RateRange(low / high, steps), Settings(clip=None))
+    rates = {"optimizer": optimizer, "learning_rate": high, "schedule": RateRange(low / high, steps)}
+    trainer = quick_training(model, stream, steps, **rates, settings=Settings(clip=None))
     with contextlib.suppress(TrainingDiverged):  # what it is for; the history ends before
         trainer.train()
     return [high * row["rate"] for row in trainer.history], [row["loss"] for row in trainer.history]

@@ -16,9 +16,9 @@ the dead processes in its store, and one that is started again may wait for them
 import contextlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +33,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from common.foundation.machine import count_workers
 from common.foundation.parallel import environment
 
 Parallel = Literal["none", "data", "shards"]
@@ -92,6 +91,14 @@ class World:
         dist.all_reduce(value)
         return value
 
+    def same(self, value: Any) -> Any:
+        """The value of the first process, in each: what was measured must not differ."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
     def meet(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
@@ -127,9 +134,9 @@ def spread(work: Callable[..., None], processes: int, *arguments: Any) -> None:
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
-        meeting, bill = (Path(folder) / "meeting").as_uri(), context.Queue()
+        meeting = (Path(folder) / "meeting").as_uri()
         started = [
-            context.Process(target=_member, args=(rank, processes, meeting, os.getpid(), bill, work, *arguments))
+            context.Process(target=_member, args=(rank, processes, meeting, work, *arguments))
             for rank in range(processes)
         ]
         for one in started:
@@ -147,13 +154,11 @@ def spread(work: Callable[..., None], processes: int, *arguments: Any) -> None:
         failed = [one for one in started if one.exitcode]
         if failed:
             raise RuntimeError(f"process {started.index(failed[0])} of {processes} failed: see above")
-        count_workers(sum(bill.get() for _ in started))
 
 
-def _member(
-    rank: int, size: int, meeting: str, parent: int, bill: Any, work: Callable[..., None], *arguments: Any
-) -> None:
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+def _member(rank: int, size: int, meeting: str, work: Callable[..., None], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who stops all
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(minutes=10))
     try:
@@ -161,11 +166,9 @@ def _member(
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    bill.put(time.process_time())
 
 
-def _leave_with(parent: int) -> None:
+def _leave_with_the_parent() -> None:
     """A killed parent must not leave processes behind that go on writing."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
+    multiprocessing.parent_process().join()
     os._exit(1)

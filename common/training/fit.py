@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from common.data.documents import Batch
 from common.training.loss import language_model_loss
+from common.training.objectives import several_documents
 
 
 @dataclass
@@ -56,7 +57,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, rise) * (0.55 + 0.45 * math.cos(math.pi * fall))
         batch = batch_at(step)
-        out = model(batch.inputs, document_ids=_several(batch.document_ids))
+        out = model(batch.inputs, document_ids=several_documents(batch.document_ids))
         loss = language_model_loss(out.logits, batch.targets, batch.loss_mask).mean
         penalty = (out.aux or {}).get("penalty", 0.0)
         (loss + penalty).backward()
@@ -73,8 +74,3 @@ def fit(
             watch(step + 1)
     model.eval()
     return found
-
-
-def _several(document_ids: torch.Tensor) -> torch.Tensor | None:
-    """None where every row is one document: then no mask is needed beyond the causal one."""
-    return document_ids if (document_ids != document_ids[:, :1]).any() else None
