@@ -57,7 +57,7 @@ class Config:
 SIZES = {
     "tiny": {"vocab_size": 512, "layers": 1, "width": 16, "heads": 2, "length": 32, "rows": 4, "megabytes": 0.01,
              "looks": 2, "questions": 3, "studies": 0.01, "processes": 2},
-    "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 8, "megabytes": 9.5,
+    "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 8, "megabytes": 7.5,
               "looks": 10, "questions": 60, "studies": 1.0, "processes": 2},
     "medium": {"vocab_size": 4096, "layers": 12, "width": 512, "heads": 8, "length": 512, "rows": 128,
                "megabytes": 60.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},

@@ -43,7 +43,7 @@ FAMILIES = {"sums": 0.6, "checksum": 0.13, "mod_chain": 0.14, "plain_sum": 0.13}
 DRILLS = 0.5  # documents of bare additions for each worked one, in training only: digits are learned there
 # Tested at these numbers of numbers: three to eight in training.
 LOOKS = (("plain_sum", 3), ("checksum", 6), ("mod_chain", 6), ("sums", 3), ("sums", 5), ("sums", 7))
-PROMPTS = ("ROMEO:\n", "The history of the city ", "add 47 16 82 35\n")
+PROMPTS = ("ROMEO:\n", "The history of the city ")
 ARITHMETIC_BYTES = 190  # of a worked document and its share of drills: only to know how many are enough
 
 
@@ -113,7 +113,7 @@ class Pretraining:
             make_optimizers(model, self.optimizer, **rates, muon_dtype=getattr(torch, self.dtype)),
             Schedule(steps, steps // 50, "wsd", floor=0.0),
             Settings(self.seed, self.accumulate, 1.0, getattr(torch, self.dtype), self.every, max(1, self.every // 2)),
-            evaluate=lambda model, _: curve_point(inner(model), words, self.looks),
+            evaluate=lambda model, _: self.look(inner(model), words),
             snapshots=Snapshots(self.snapshots),
             tokenizer=words,
             byte_lengths=token_sizes(words),
@@ -122,6 +122,13 @@ class Pretraining:
             flops_per_token=flops_per_token(self.shape, length),
             peak_flops=self.peak_flops,
         )
+
+    def look(self, model: Transformer, words: BPETokenizer) -> dict[str, Any]:
+        """A point of the curves, and what the model writes by now."""
+        found: dict[str, Any] = dict(curve_point(model, words, self.looks))
+        if self.parallel != "shards":  # gathered weights and the engine's inference mode do not go together
+            found["sample"] = continued(Engine(model, words), PROMPTS[:1], 40, temperature=0.8)[0]
+        return found
 
 
 def train(world: World, job: Pretraining) -> None:
@@ -151,7 +158,7 @@ def base_data(tokenizer: BPETokenizer, shares: Mapping[str, float], bytes_in_all
     return BaseData(ids, report, looks)
 
 
-def a_few(documents: Sequence[Document], size: int = 12_000, cut: int = 2_000) -> list[Document]:
+def a_few(documents: Sequence[Document], size: int = 10_000, cut: int = 2_000) -> list[Document]:
     """Documents evenly spread over the list, the beginning of each, of about `size` characters together."""
     whole = sum(min(cut, len(document.text)) for document in documents)
     step = max(1, round(whole / size))
@@ -163,9 +170,11 @@ def curve_point(model: LanguageModel, tokenizer: Tokenizer, looks: Looks) -> dic
     return {name: score_documents(model, tokenizer, few).mean() for name, few in looks.items()}
 
 
-def continued(engine: Engine, prompts: Sequence[str] = PROMPTS, max_tokens: int = 60) -> list[str]:
-    """What the model writes after fixed prompts: greedy, so that changes are the model's."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+def continued(
+    engine: Engine, prompts: Sequence[str] = PROMPTS, max_tokens: int = 80, temperature: float = 0.0
+) -> list[str]:
+    """What the model writes after fixed prompts, with the same draws each time: changes are the model's."""
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     made = engine.generate([engine.encode(prompt) for prompt in prompts], params)
     return [prompt + completions[0].text for prompt, completions in zip(prompts, made, strict=True)]
 
@@ -238,10 +247,14 @@ def report(
         rows.append(number(f"{family} of {size}, unseen: right answers", solved["answer"], "rate", note))
         samples.append({"title": f"{family}, {size} numbers, greedy", "text": solved["example"]})
         spent["generated"] += solved["tokens"]
-    said = continued(engine)
     samples += [
-        {"title": f"After {prompt.strip()!r}, greedy", "text": text} for prompt, text in zip(PROMPTS, said, strict=True)
+        {"title": f"After {row['step']:,} updates, at temperature 0.8", "text": row["sample"]}
+        for row in (trainer.evaluations[i] for i in (0, 1, len(trainer.evaluations) // 2))
+        if "sample" in row
     ]
+    for temperature, how in ((0.8, "at temperature 0.8"), (0.0, "greedy")):
+        for prompt, text in zip(PROMPTS, continued(engine, temperature=temperature), strict=True):
+            samples.append({"title": f"At the end, after {prompt.strip()!r}, {how}", "text": text})
     points = trainer.evaluations[1:]  # before any update every token is as likely as any other
     at = [row["step"] * trainer.history[0]["targets"] / 1e6 for row in points]
     lines = {name: [row[name] for row in points] for name in data.looks}

@@ -58,8 +58,8 @@ class AdamW(torch.optim.Optimizer):
                 p.addcdiv_(m, size, value=-rate / unbias_first)
 
 
-# Coefficients of Jordan's quintic: after five rounds singular values from about 0.002 to 1 lie between 0.7 and 1.2. Smaller ones
-# have grown by 3.4 a round and are still small.
+# Coefficients of Jordan's quintic: after five rounds singular values from about 0.002 to 1 lie between 0.7 and 1.2. Smaller
+# ones have grown by 3.4 a round and are still small.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
