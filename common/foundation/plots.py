@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import ScalarFormatter
 
 from common.foundation.statistics import Interval
 
@@ -75,6 +76,11 @@ def curves(
             axes.errorbar(places, means, yerr=_errors(values), fmt="none", ecolor=colour, capsize=3)
     for name in logarithmic:
         getattr(axes, f"set_{name}scale")("log")
+        low, high = getattr(axes, f"get_{name}lim")()
+        if high < 10 * low:  # within one power of ten: plain numbers
+            axis = getattr(axes, f"{name}axis")
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(ScalarFormatter())
     if level:
         axes.axhline(level[1], color="0.35", linewidth=1, linestyle=":", label=level[0])
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)

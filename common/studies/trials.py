@@ -95,7 +95,7 @@ def jobs(scale: float, stream: str, tokenizer: str, given: Mapping[str, Any]) ->
     add("lstm", "lstm", stream=stream, tokenizer=tokenizer, **given)
     add("classic", "ours", SEEDS, steps=part(SHORT), every=part(SHORT // 10))
     for name in classic.WITHOUT:
-        add("classic", name, steps=part(SHORT), every=part(SHORT // 10))
+        add("classic", name, steps=part(SHORT))
     for name in abilities.OBJECTIVES:
         add("abilities", name, steps=part(250), windows=part(200))
     for width in (scaling.ASKED, *scaling.WIDTHS[::-1]):
@@ -272,14 +272,20 @@ def leak_report(found: Answers, place: Callable[[str], Path]) -> tuple[list[dict
 
 def range_report(found: Answers, place: Callable[[str], Path]) -> list[dict]:
     """Figures."""
-    runs = {name: of(found, "range", name)[0] for name in ("adamw", "muon")}
+    runs = {}
+    for name in ("adamw", "muon"):
+        rates, losses = of(found, "range", name)[0]
+        end = next((i for i, loss in enumerate(losses) if loss > 1.5 * losses[0]), len(losses))  # broken from there on
+        runs[name] = rates[:end], losses[:end]
     figure = curves(
         {name: rates for name, (rates, _) in runs.items()}, {name: losses for name, (_, losses) in runs.items()},
         title="Learning-rate range test", xlabel="learning rate", ylabel="training loss, nats", logarithmic="x",
     )  # fmt: skip
     return [
         save(
-            figure, place("range.png"), caption="One update at each rate, no clipping. Choose below where it turns up."
+            figure,
+            place("range.png"),
+            caption="One update at each rate, no clipping. Lines end where the loss is half again the first.",
         )
     ]
 
