@@ -203,20 +203,18 @@ class HeadsByView(attention.Attention):
         q, k, v = self.query(x), self.key(x), self.value(x)
         q = q.view(batch, config.heads, length, config.d_head)
         k, v = (y.view(batch, config.groups, length, config.d_head) for y in (k, v))
-        mixed = scene.attend(q, k, v, scale=None, dropout=0.0)
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        return self.output(self.together(scene.attend(q, k, v, scale=None, dropout=0.0)))
+
+    def together(self, mixed: Tensor) -> Tensor:
+        """The heads, (B, H, T, D), side by side again."""
+        return mixed.transpose(1, 2).flatten(2)
 
 
-class HeadsByViewTwice(attention.Attention):
+class HeadsByViewTwice(HeadsByView):
     """The same view on the way in and on the way out: nothing leaks, and a token sees little more than its neighbour."""
 
-    def forward(self, x: Tensor, scene: attention.Scene | None = None) -> Tensor:
-        batch, length, _ = x.shape
-        config = self.config
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        q = q.view(batch, config.heads, length, config.d_head)
-        k, v = (y.view(batch, config.groups, length, config.d_head) for y in (k, v))
-        return self.output(scene.attend(q, k, v, scale=None, dropout=0.0).reshape(batch, length, -1))
+    def together(self, mixed: Tensor) -> Tensor:
+        return mixed.reshape(len(mixed), mixed.shape[2], -1)
 
 
 class RowsMixed(attention.Attention):

@@ -10,8 +10,8 @@ from common.foundation.plots import bars, curves, save
 from common.foundation.run import Run, announce, needed, script
 from common.foundation.statistics import Interval, mean_of_seeds
 from common.model.transformer import Transformer
+from common.studies import attending
 from common.tokenization.bpe import BPETokenizer
-from common.training import studies
 from common.training.fit import Fit
 
 INPUTS = ("02_tokenization",)
@@ -48,22 +48,22 @@ def main(config: Config) -> None:
         order, recalled = order_study(run, config), recall_study(run, config)
         shards, seed = Shards.for_tokenizer(february / "train", tokenizer), config.seed
         jobs = [
-            {"work": studies.learn_words, "shards": shards, "steps": config.word_steps, "seed": seed},
-            {"work": studies.watched_look_up, "steps": config.look_up_steps, "seed": seed},
+            {"work": attending.learn_words, "shards": shards, "steps": config.word_steps, "seed": seed},
+            {"work": attending.watched_look_up, "steps": config.look_up_steps, "seed": seed},
         ]
-        learned, (model, result, steps, seen) = each(studies.study, jobs, label="look-up and embeddings")
-        test = synthetic.repeated(128, 48, studies.VOCABULARY, studies.UNSEEN)
-        without = studies.silenced(spend(run, model, result, "look-up"), test)
-        words, untrained = spend(run, *learned, "embeddings"), studies.learn_words(shards, steps=0, seed=seed)[0]
-        cosines = studies.word_geometry(words, untrained, tokenizer, shards)
+        learned, (model, result, steps, seen) = each(attending.study, jobs, label="look-up and embeddings")
+        test = synthetic.repeated(128, 48, attending.VOCABULARY, attending.UNSEEN)
+        without = attending.silenced(spend(run, model, result, "look-up"), test)
+        words, untrained = spend(run, *learned, "embeddings"), attending.learn_words(shards, steps=0, seed=seed)[0]
+        cosines = attending.word_geometry(words, untrained, tokenizer, shards)
         run.identify(
             tokenizer=tokenizer.fingerprint,
             model={"steps": [config.steps, config.look_up_steps, config.word_steps], "seeds": config.seeds},
-            measurement={"unseen": studies.UNSEEN, "gaps": list(config.gaps), "lengths": list(LENGTHS)},
+            measurement={"unseen": attending.UNSEEN, "gaps": list(config.gaps), "lengths": list(LENGTHS)},
         )
         axes = {"title": "Which token came before? Trained at 32 tokens", "xlabel": "tokens", "ylabel": "accuracy"}
         lines = {kind: [*row, *[float("nan")] * (len(LENGTHS) - len(row))] for kind, row in order.items()}
-        figure = curves(LENGTHS, lines, **axes, level=("chance", 1 / studies.VOCABULARY))
+        figure = curves(LENGTHS, lines, **axes, level=("chance", 1 / attending.VOCABULARY))
         caption = "Learned positions end with their table, at 64; the rows beyond 32 were never trained."
         figures = [save(figure, run.path("order.png"), caption=caption)]
         axes = {"title": "Recall across noise", "xlabel": "tokens between", "ylabel": "accuracy"}
@@ -96,7 +96,7 @@ def main(config: Config) -> None:
                 claim("Names of speakers end up near each other", cosines["speakers' names"],
                       cosines["speakers' names: others as frequent"], unit="cosine", cost={"steps": config.word_steps}),
             ]  # fmt: skip
-        text = studies.neighbours(words, tokenizer, NAMES)
+        text = attending.neighbours(words, tokenizer, NAMES)
         samples = [{"title": "nearest neighbours after a short training", "text": text}]
         title = "Attention: masks, shapes and order"
         run.finish({"title": title, "claims": said, "numbers": rows, "figures": figures, "samples": samples})
@@ -117,14 +117,14 @@ def order_study(run: Run, config: Config) -> dict[str, list[Interval]]:
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     models: dict[str, list[Transformer]] = {kind: [] for kind in KINDS}
-    for job, learned in zip(jobs, each(studies.learn_order, jobs, label="order"), strict=True):
+    for job, learned in zip(jobs, each(attending.learn_order, jobs, label="order"), strict=True):
         models[job["positions"]].append(spend(run, *learned, f"order by {job['positions']}, seed {job['seed']}"))
-    tests = [synthetic.previous(64, n, studies.VOCABULARY, studies.UNSEEN) for n in LENGTHS]
+    tests = [synthetic.previous(64, n, attending.VOCABULARY, attending.UNSEEN) for n in LENGTHS]
     found = {}
     for kind, them in models.items():
         most = them[0].context_length if kind == "learned" else max(LENGTHS)
         tests_of = [test for test in tests if test.inputs.shape[1] <= most]
-        found[kind] = [mean_of_seeds([studies.scored([one], test).mean for one in them]) for test in tests_of]
+        found[kind] = [mean_of_seeds([attending.scored([one], test).mean for one in them]) for test in tests_of]
     return found
 
 
@@ -135,10 +135,10 @@ def recall_study(run: Run, config: Config) -> dict[str, list[Interval]]:
         for n in config.gaps
     ]
     found: dict[str, list[Interval]] = {}
-    for job, learned in zip(jobs, each(studies.learn_recall, jobs, label="recall"), strict=True):
+    for job, learned in zip(jobs, each(attending.learn_recall, jobs, label="recall"), strict=True):
         model = spend(run, *learned, f"{job['kind']}, recall after {job['gap']}")
-        test = synthetic.recall(500, job["gap"], 24, studies.UNSEEN, pairs=1)
-        found.setdefault(job["kind"], []).append(studies.scored([model], test))
+        test = synthetic.recall(500, job["gap"], 24, attending.UNSEEN, pairs=1)
+        found.setdefault(job["kind"], []).append(attending.scored([model], test))
     return found
 
 

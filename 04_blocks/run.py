@@ -11,7 +11,7 @@ from common.foundation.run import Run, script
 from common.foundation.statistics import Interval, mean_of_seeds
 from common.model.config import PRESETS, ModelConfig
 from common.model.cost import flops_per_token, kv_bytes_per_token
-from common.training import depth
+from common.studies import depth
 
 INPUTS = ("shakespeare",)
 PAIR, RATES = ("pre-norm", "post-norm"), (1e-2, 3e-2)  # compared over seeds

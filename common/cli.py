@@ -336,13 +336,11 @@ def trained(name: str, size: str, run: Path | None) -> Any:
     """An engine on a checkpoint of a January run: that one, or the one of the size, made now if there is none."""
     from common.foundation.run import ensure
     from common.generation.engine import Engine
-    from common.tokenization.byte import ByteTokenizer
-    from common.training.checkpoint import load_checkpoint
+    from common.training.checkpoint import load_with_tokenizer
 
     with redirect_stdout(sys.stderr):
         folder = run or ensure("01_spine", size)
-    tokenizer = ByteTokenizer()
-    return Engine(load_checkpoint(folder / name, tokenizer), tokenizer)
+    return Engine(*load_with_tokenizer(folder / name))
 
 
 def main() -> None:

@@ -199,7 +199,11 @@ def _from_package(entry: Asset) -> dict[str, bytes]:
                 wanted = Path(folder) / "wanted.txt"
                 wanted.write_text(f"{entry.package} --hash=sha256:{entry.archive_sha256}\n", encoding="utf-8")
                 name = entry.package.partition("==")[0]
-                binary = ["--only-binary", name] if entry.archive.endswith(".whl") else ["--no-binary", name]
+                binary = (
+                    ["--only-binary", name, *_tags(entry.archive)]
+                    if entry.archive.endswith(".whl")
+                    else ["--no-binary", name]
+                )
                 command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", *binary]
                 command += ["--disable-pip-version-check", "--dest", folder, "--requirement", str(wanted)]
                 # pip draws its own progress bar; file descriptor 2 keeps it out of our standard output.
@@ -209,6 +213,19 @@ def _from_package(entry: Asset) -> dict[str, bytes]:
                     raise OSError("pip download failed: " + (lines[-1] if lines else f"exit code {done.returncode}"))
                 os.replace(Path(folder) / entry.archive, kept)
     return _read_archive(entry, kept)
+
+
+def _tags(wheel: str) -> list[str]:
+    """What makes pip fetch this very wheel on any machine: its content is read, not run.
+
+    >>> _tags("gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")[:4]
+    ['--implementation', 'cp', '--python-version', '311']
+    """
+    python, abi, platforms = wheel.removesuffix(".whl").split("-")[-3:]
+    if platforms == "any":
+        return []
+    found = ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+    return found + [part for platform in platforms.split(".") for part in ("--platform", platform)]
 
 
 def _read_archive(entry: Asset, path: Path) -> dict[str, bytes]:

@@ -60,15 +60,13 @@ def each(
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Kept until the end: a worker takes seconds to import torch."""
     with environment(QUIET):
-        pool = ProcessPoolExecutor(
-            workers, mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
-        )
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=leave_interrupts_to_the_parent)
         for one in [pool.submit(time.sleep, 0.05) for _ in range(workers)]:  # start all of them in this environment
             one.result()
     return pool
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def leave_interrupts_to_the_parent() -> None:
     """Ctrl-C reaches every process of a terminal; one of them should speak."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,1 +1,1 @@
-"""Trainings that answer a question: the base model of the year, and what a training is made of."""
+"""Trainings that answer a question: of attention, of depth, of a training loop; and the base model of the year."""

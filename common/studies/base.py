@@ -39,7 +39,7 @@ from common.training.snapshots import Snapshots
 from common.training.trainer import Settings, Trainer
 
 # Shares of the arithmetic documents. Sums have the most to learn: carrying, and lists that change.
-FAMILIES = {"sums": 0.6, "checksum": 0.13, "mod_chain": 0.14, "plain_sum": 0.13}
+FAMILY_SHARES = {"sums": 0.6, "checksum": 0.13, "mod_chain": 0.14, "plain_sum": 0.13}
 DRILLS = 0.5  # documents of bare additions for each worked one, in training only: digits are learned there
 # Tested at these numbers of numbers: three to eight in training.
 LOOKS = (("plain_sum", 3), ("checksum", 6), ("mod_chain", 6), ("sums", 3), ("sums", 5), ("sums", 7))
@@ -112,7 +112,13 @@ class Pretraining:
             stream,
             make_optimizers(model, self.optimizer, **rates, muon_dtype=getattr(torch, self.dtype)),
             Schedule(steps, steps // 50, "wsd", floor=0.0),
-            Settings(self.seed, self.accumulate, 1.0, getattr(torch, self.dtype), self.every, max(1, self.every // 2)),
+            Settings(
+                seed=self.seed,
+                accumulate=self.accumulate,
+                dtype=getattr(torch, self.dtype),
+                evaluate_every=self.every,
+                save_every=max(1, self.every // 2),
+            ),
             evaluate=lambda model, _: self.look(inner(model), words),
             snapshots=Snapshots(self.snapshots),
             tokenizer=words,
@@ -140,7 +146,7 @@ def sources(split: str, arithmetic_documents: int, seed: int) -> dict[str, list[
     """The documents of the year in one split, January's bare sums replaced by worked arithmetic."""
     found = year_sources(split)
     del found["sums"]  # January's test sums are pairs; nothing here is held out by pairs
-    worked = arithmetic.training_documents(split, arithmetic_documents, seed, families=FAMILIES)
+    worked = arithmetic.training_documents(split, arithmetic_documents, seed, families=FAMILY_SHARES)
     drills = arithmetic.drill_documents(round(DRILLS * arithmetic_documents), seed) if split == "train" else []
     return {**found, "arithmetic": worked + drills}
 

@@ -16,7 +16,6 @@ the dead processes in its store, and one that is started again may wait for them
 import contextlib
 import multiprocessing
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -29,11 +28,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from common.foundation.parallel import environment
+from common.foundation.parallel import environment, leave_interrupts_to_the_parent
 
 Parallel = Literal["none", "data", "shards"]
 
@@ -78,6 +75,10 @@ class World:
             raise ValueError(f"parallel {how} needs processes: start with torchrun --nproc-per-node N")
         if how == "data":
             return DistributedDataParallel(model)
+        # Not at the top: FSDP takes most of a second to import, and few trainings need it.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(self.device, (self.size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -106,11 +107,21 @@ class World:
 
     def only_sync_if(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Exchange gradients with the last micro-batch alone; before it they add up in each process."""
-        if isinstance(model, FSDPModule):
+        if is_sharded(model):
             model.set_requires_gradient_sync(last)
         elif isinstance(model, DistributedDataParallel) and not last:
             return model.no_sync()
         return contextlib.nullcontext()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True for what `fully_shard` made: known by its method, so that the class need not be imported."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which each process may hold a part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -142,22 +153,21 @@ def spread(work: Callable[..., None], processes: int, *arguments: Any) -> None:
         for one in started:
             one.start()
         try:
-            while any(one.is_alive() for one in started):
-                failed = [one for one in started if one.exitcode]
+            waiting = True
+            while waiting:
+                waiting = any(one.is_alive() for one in started)
+                failed = [rank for rank, one in enumerate(started) if one.exitcode]
                 if failed:
-                    raise RuntimeError(f"process {started.index(failed[0])} of {processes} failed: see above")
+                    raise RuntimeError(f"process {failed[0]} of {processes} failed: see above")
                 started[0].join(0.05)
         finally:
             for one in started:
                 one.terminate()
                 one.join()
-        failed = [one for one in started if one.exitcode]
-        if failed:
-            raise RuntimeError(f"process {started.index(failed[0])} of {processes} failed: see above")
 
 
 def _member(rank: int, size: int, meeting: str, work: Callable[..., None], *arguments: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who stops all
+    leave_interrupts_to_the_parent()
     threading.Thread(target=_leave_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(minutes=10))

@@ -1,6 +1,6 @@
-"""The smallest training loop: AdamW, a warm-up, a cosine, and nothing hidden. May's trainer grows from it.
+"""The smallest training loop: AdamW, a warm-up, a cosine, and nothing hidden.
 
-It is for studies of minutes, where twenty small models are compared. It does not save, resume, accumulate or evaluate.
+It is for studies of minutes, where twenty small models are compared. Trainer saves, resumes, accumulates and evaluates.
 """
 
 import math
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common.data.documents import Batch
 from common.training.loss import language_model_loss
 from common.training.objectives import several_documents
+from common.training.schedules import cosine
 
 
 @dataclass
@@ -48,14 +49,13 @@ def fit(
         watch: called with the number of steps done, before the first and after each.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
-    warmup, found = max(1, steps // 10) if warmup is None else max(1, warmup), Fit()
+    warmup, found = steps // 10 if warmup is None else warmup, Fit()
     model.train()
     if watch:
         watch(0)
     for step in tqdm(range(steps), desc=label or "training", leave=False, delay=5):
-        rise, fall = (step + 1) / warmup, max(0.0, (step - warmup) / max(1, steps - warmup))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, rise) * (0.55 + 0.45 * math.cos(math.pi * fall))
+            group["lr"] = learning_rate * cosine(step, steps, warmup)
         batch = batch_at(step)
         out = model(batch.inputs, document_ids=several_documents(batch.document_ids))
         loss = language_model_loss(out.logits, batch.targets, batch.loss_mask).mean

@@ -10,10 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from common.data.documents import Batch
-from common.training.distributed import inner
+from common.training.distributed import inner, is_sharded
 from common.training.loss import Loss, chunked_language_model_loss, language_model_loss
 
 
@@ -98,7 +97,7 @@ def loss_of(model: nn.Module, prepared: Prepared) -> tuple[Loss, Tensor | float]
     documents = several_documents(batch.document_ids)
     bare = inner(model)
     config = getattr(bare, "config", None)
-    if config is None or config.z_loss or isinstance(model, FSDPModule):  # a sharded head lives only within its forward
+    if config is None or config.z_loss or is_sharded(model):  # a sharded head lives only within its forward
         out = model(batch.inputs, document_ids=documents, **options)
         return language_model_loss(out.logits, batch.targets, batch.loss_mask), (out.aux or {}).get("penalty", 0.0)
     out = model(batch.inputs, document_ids=documents, head=False, **options)

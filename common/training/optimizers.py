@@ -15,10 +15,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.foundation.device import pick_device
-from common.training.distributed import inner
+from common.training.distributed import gathered, inner
 
 
 class AdamW(torch.optim.Optimizer):
@@ -120,11 +119,13 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(tuple(p.shape), []).append(p)
             for shape, same in shapes.items():
                 wanted = [self._direction(p, group["momentum"]) for p in same]
-                whole = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in wanted])
+                whole = torch.stack([gathered(x) for x in wanted])
                 made = orthogonalised(whole.flatten(0, -3), dtype=self.dtype).view_as(whole)
                 size = group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
                 for p, update in zip(same, made, strict=True):
-                    if isinstance(p, DTensor):
+                    if hasattr(p, "placements"):  # sharded: back to the layout of the parameter
+                        from torch.distributed.tensor import distribute_tensor
+
                         update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-size)

@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from common.foundation.files import read_json, sha256_file, write_json
 from common.training.checkpoint import describe_model, load_tensors, read_checkpoint, save_checkpoint
-from common.training.distributed import inner
+from common.training.distributed import gathered, inner, is_sharded
 
 if TYPE_CHECKING:
     from common.training.trainer import Trainer
@@ -51,15 +49,17 @@ class Snapshots:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        self._meet(trainer)
-        if _is_sharded(trainer):
+        trainer.world.meet()
+        if is_sharded(trainer.model):
+            import torch.distributed.checkpoint as dcp  # half a second, for few
+
             with _quiet():
                 dcp.save(_tensors_of(trainer), checkpoint_id=partial / "shards")
         elif first:
             save_checkpoint(partial, model, trainer.tokenizer)
             state = {name: t.detach().cpu().contiguous() for name, t in trainer.optimizers.state_tensors().items()}
             safetensors.torch.save_file(state, partial / "training.safetensors")
-        self._meet(trainer)
+        trainer.world.meet()
         if first:
             files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
             progress = {
@@ -79,7 +79,7 @@ class Snapshots:
             behind = [path for path in self.all() if path.name <= place.name]
             for old in behind[self.keep :]:  # gallery: pretraining/delete-before-write
                 shutil.rmtree(old)
-        self._meet(trainer)
+        trainer.world.meet()
         return place
 
     def load_newest(self, trainer: "Trainer") -> bool:
@@ -118,12 +118,14 @@ class Snapshots:
         # Everything is compared before anything is changed.
         copy(trainer.stream).load_state_dict(progress["stream"])
         if (place / "shards").exists():
+            import torch.distributed.checkpoint as dcp
+
             saved = dcp.FileSystemReader(place / "shards").read_metadata().state_dict_metadata
             _compare(trainer, {name: tuple(there.size) for name, there in saved.items()}, place)
             with _quiet():  # by name, in place, into whatever layout is here
                 dcp.load(_tensors_of(trainer), checkpoint_id=place / "shards", no_dist=not dist.is_initialized())
         else:
-            if _is_sharded(trainer):
+            if is_sharded(trainer.model):
                 raise ValueError(f"{place} was saved whole: resume it without sharding, or begin anew")
             tensors = read_checkpoint(place, trainer.tokenizer)[1]
             state = safetensors.torch.load((place / "training.safetensors").read_bytes())
@@ -134,21 +136,10 @@ class Snapshots:
         trainer.optimizers.load_counters(progress["counters"])
         trainer.load_progress(progress)
 
-    @staticmethod
-    def _meet(trainer: "Trainer") -> None:
-        if trainer.world.size > 1:
-            dist.barrier()
-
 
 def whole_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     """The parameters by name, gathered from all processes where they are sharded; every process calls it."""
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in inner(model).named_parameters()
-    }
-
-
-def _is_sharded(trainer: "Trainer") -> bool:
-    return any(isinstance(p, DTensor) for p in trainer.model.parameters())
+    return {name: gathered(p).detach() for name, p in inner(model).named_parameters()}
 
 
 def _tensors_of(trainer: "Trainer") -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.data.documents import Batch
 from common.data.stream import BatchStream
 from common.tokenization.protocol import Tokenizer
-from common.training.distributed import World, inner
+from common.training.distributed import World, gathered, inner
 from common.training.loss import bits
 from common.training.objectives import NextToken, Objective, Prepared, loss_of
 from common.training.optimizers import Optimizers
@@ -184,7 +184,7 @@ class Trainer:
         """Scale all gradients down to the largest norm allowed; returns the norm from before."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = float(gathered(norm))
         clip = self.settings.clip
         if clip is not None and math.isfinite(norm) and norm > clip:
             for gradient in gradients:

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.diagnostics.probes import ALL, training
+from common.diagnostics.probes import ALL, resuming, training
 
 NAN = float("nan")
 V, TOP, WARMUP = 16, 0.05, 5
 SETTINGS = {"lr": TOP, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-PROBES = [probe for probe in ALL if inspect.getmodule(probe.measure) is training]
+PROBES = [probe for probe in ALL if inspect.getmodule(probe.measure) in (training, resuming)]
 
 
 class Bigram(torch.nn.Module):
@@ -315,8 +315,8 @@ def test_nan_is_never_lost():
     for name in ("training_loss", "validation_loss"):
         probes = [probe for probe in PROBES if name in probe.needs]
         assert all(probe.examine({**healthy, name: lambda _: NAN})[0].caught for probe in probes)
-    assert training.finite_state(poisoned_training=lambda: ({"w": torch.tensor([NAN])}, "loss of update 2")).value == 1
-    assert training.finite_state(poisoned_training=lambda: ({"w": torch.ones(1)}, "loss: nan")).value == 1
+    assert resuming.finite_state(poisoned_training=lambda: ({"w": torch.tensor([NAN])}, "loss of update 2")).value == 1
+    assert resuming.finite_state(poisoned_training=lambda: ({"w": torch.ones(1)}, "loss: nan")).value == 1
 
 
 def test_a_death_during_a_save_is_as_final_as_a_kill(tmp_path):
@@ -329,9 +329,9 @@ def test_a_death_during_a_save_is_as_final_as_a_kill(tmp_path):
         finally:
             (tmp_path / "c").write_text("c")
 
-    assert not training._Trap.survives(write, 1)
+    assert not resuming._Trap.survives(write, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
-    assert training._Trap.survives(write, 3)
+    assert resuming._Trap.survives(write, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
     (tmp_path / "d").write_text("the trap is closed")
 
@@ -344,7 +344,7 @@ def test_a_death_during_a_save_is_as_final_as_a_kill(tmp_path):
         assert first == second
         return int(first)
 
-    found = training.kill_during_save(save_numbered=in_place, newest_number=newest)
+    found = resuming.kill_during_save(save_numbered=in_place, newest_number=newest)
     assert (found.value, found.note) == (1, "of 3 moments leave nothing to resume from")
     with pytest.raises(ValueError, match="larger `most`"):
-        training.kill_during_save(save_numbered=in_place, newest_number=newest, most=2)
+        resuming.kill_during_save(save_numbered=in_place, newest_number=newest, most=2)

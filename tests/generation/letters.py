@@ -6,6 +6,7 @@ from common.model.config import ModelConfig
 from common.model.output import is_bounded
 from common.model.transformer import Transformer
 from common.tokenization.protocol import END_OF_TEXT
+from tests.model.kinds import KINDS
 
 PIECES = [b"a", b"b", b"ab", b"b ", b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", "€a".encode(), b"ba", b"\xf0\x9f"]
 END = len(PIECES)
@@ -22,24 +23,6 @@ class Letters:
 
 
 TINY = {"vocab_size": END + 1, "context_length": CONTEXT, "layers": 2, "width": 16, "heads": 4, "init": "fan_in"}
-LATENT = {
-    "attention": "latent",
-    "latent_width": 6,
-    "rope_head_width": 4,
-    "value_head_width": 5,
-    "rope_layout": "interleaved",
-}
-KINDS = {
-    "rope": {},
-    "learned": {"positions": "learned"},
-    "sinusoidal": {"positions": "sinusoidal"},
-    "alibi": {"positions": "alibi"},
-    "grouped": {"key_value_heads": 2, "qk_norm": True},
-    "window": {"window": 3},
-    "window-alibi": {"window": 4, "positions": "alibi"},
-    "latent": LATENT,
-    "experts": {"experts": 4},
-}
 
 
 def model_of(kind="rope", **changes):

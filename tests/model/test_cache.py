@@ -8,28 +8,9 @@ import torch
 from common.model.cache import Cache
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
+from tests.model.kinds import KINDS
 
 TINY = {"vocab_size": 23, "context_length": 32, "layers": 2, "width": 16, "heads": 4, "init": "fan_in"}
-LATENT = {
-    "attention": "latent",
-    "latent_width": 6,
-    "rope_head_width": 4,
-    "value_head_width": 5,
-    "rope_layout": "interleaved",
-}
-KINDS = {
-    "rope": {},
-    "learned": {"positions": "learned"},
-    "sinusoidal": {"positions": "sinusoidal"},
-    "alibi": {"positions": "alibi"},
-    "none": {"positions": "none"},
-    "grouped": {"key_value_heads": 2, "qk_norm": True},
-    "multi-query": {"key_value_heads": 1},
-    "window": {"window": 3},
-    "window-alibi": {"window": 4, "positions": "alibi"},
-    "latent": LATENT,
-    "experts": {"experts": 4},
-}
 T = 11
 by_kind = pytest.mark.parametrize("kind", KINDS)
 

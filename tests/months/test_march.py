@@ -60,7 +60,7 @@ def test_march_has_every_kind_of_order_at_every_length_that_it_allows(tiny):
 
 
 def test_april_has_every_part_with_an_interval_over_seeds(tiny):
-    from common.training import depth
+    from common.studies import depth
 
     rows = {row["name"]: row for row in tiny["04_blocks"][1]["numbers"]}
     for name in depth.PARTS:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common.data.synthetic import previous
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
-from common.training import depth, studies
+from common.studies import attending, depth
 from common.training.fit import fit
 
 TINY = ModelConfig(vocab_size=16, context_length=16, layers=1, width=16, heads=2, init="fan_in", tied=False)
@@ -89,8 +89,10 @@ def test_held_out_windows_come_from_other_text():
 
 
 def test_a_layer_with_rotary_positions_learns_order_and_one_without_does_not():
-    test = previous(64, 32, studies.VOCABULARY, studies.UNSEEN)
-    learned = {kind: studies.scored([studies.learn_order(kind, steps=150)[0]], test).mean for kind in ("rope", "none")}
+    test = previous(64, 32, attending.VOCABULARY, attending.UNSEEN)
+    learned = {
+        kind: attending.scored([attending.learn_order(kind, steps=150)[0]], test).mean for kind in ("rope", "none")
+    }
     assert learned["rope"] > 0.9
     assert learned["none"] < 0.35
 

@@ -1,7 +1,7 @@
 """Every probe, in the order of the kill matrix: for each month first what everybody looks at, then what finds the bug."""
 
 from common.diagnostics.core import Probe
-from common.diagnostics.probes import harness, models, modules, records, samplers, texts, tokens, training
+from common.diagnostics.probes import harness, models, modules, records, resuming, samplers, texts, tokens, training
 
 ALL: tuple[Probe, ...] = (
     texts.beats_unigram,
@@ -70,11 +70,11 @@ ALL: tuple[Probe, ...] = (
     training.every_update_moves,
     training.unused_decay,
     training.optimizer_reference,
-    training.run_twice,
-    training.bitwise_resume,
-    training.strict_load,
-    training.kill_during_save,
-    training.finite_state,
+    resuming.run_twice,
+    resuming.bitwise_resume,
+    resuming.strict_load,
+    resuming.kill_during_save,
+    resuming.finite_state,
 )
 
 
