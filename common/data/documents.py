@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from common.tokenization.protocol import END_OF_TEXT, Tokenizer
+from common.tokenization.protocol import Tokenizer, document_end
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Batch:
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Int[Tensor, "T"]]:
     """`<eot> text <eot>` of each document as int64 ids."""
-    end = tokenizer.specials[END_OF_TEXT]
+    end = document_end(tokenizer)
     texts = tokenizer.encode_batch([document.text for document in documents])
     return [torch.tensor([end, *ids, end], dtype=torch.int64) for ids in texts]
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.data.documents import Document
 from common.foundation.files import atomic_path, read_json, sha256_file, sha256_json, write_json
 from common.tokenization.bpe import BPETokenizer
-from common.tokenization.protocol import END_OF_TEXT, Tokenizer
+from common.tokenization.protocol import Tokenizer, document_end
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -68,7 +68,7 @@ def write_shards(
     (folder / "shards.json").unlink(missing_ok=True)  # from here until the end there are no whole shards
     for old in folder.glob("shard-*.bin"):
         old.unlink()
-    encode, end = bulk_encoder(tokenizer), tokenizer.specials[END_OF_TEXT]
+    encode, end = bulk_encoder(tokenizer), document_end(tokenizer)
     shards: list[dict] = []
     waiting = [np.array([end], dtype=dtype_for(tokenizer.vocab_size))]  # not yet in a shard
     counts = {"documents": 0, "bytes": 0, "tokens": 0}

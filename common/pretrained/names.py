@@ -1,18 +1,20 @@
-"""Hugging Face configs and tensors as ours: a table of names for each family, and nothing clever.
+"""Names of tensors: a table for each family, and nothing clever.
 
-`transformers` is not imported here: a config is a dict, as in any `config.json`, and weights are named tensors. The same
-renaming is linear, so it maps gradients as well as weights. Reading files comes in June.
+`transformers` is not imported here: weights are named tensors. The renaming is linear, so it maps gradients as well. What is
+checked, is checked on names and shapes, before a single number has been read.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.model.config import ModelConfig
+from common.model.positions import to_half_layout
 from common.model.transformer import Transformer
+from common.pretrained.configs import config_from_hf
 
 LLAMA = {  # ours -> theirs; {i} is the layer
     "embedding.weight": "model.embed_tokens.weight",
@@ -48,96 +50,155 @@ GPT2 = {
     "final_norm.{p}": "transformer.ln_f.{p}",
     "head.weight": "lm_head.weight",
 }
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-USUAL = {  # what changes the function and has no field in ours; ours has no dropout on weights
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "attention_dropout": 0.0,
-    "router_jitter_noise": 0.0,
+GGUF = {  # llama.cpp's
+    "embedding.weight": "token_embd.weight",
+    "blocks.{i}.attention_norm.weight": "blk.{i}.attn_norm.weight",
+    "blocks.{i}.attention.query.{p}": "blk.{i}.attn_q.{p}",
+    "blocks.{i}.attention.key.{p}": "blk.{i}.attn_k.{p}",
+    "blocks.{i}.attention.value.{p}": "blk.{i}.attn_v.{p}",
+    "blocks.{i}.attention.output.{p}": "blk.{i}.attn_output.{p}",
+    "blocks.{i}.attention.query_norm.weight": "blk.{i}.attn_q_norm.weight",
+    "blocks.{i}.attention.key_norm.weight": "blk.{i}.attn_k_norm.weight",
+    "blocks.{i}.mlp_norm.weight": "blk.{i}.ffn_norm.weight",
+    "blocks.{i}.mlp.gate.{p}": "blk.{i}.ffn_gate.{p}",
+    "blocks.{i}.mlp.up.{p}": "blk.{i}.ffn_up.{p}",
+    "blocks.{i}.mlp.down.{p}": "blk.{i}.ffn_down.{p}",
+    "final_norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
 }
-ROPE_KEYS = {
-    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
-    "beta_fast", "beta_slow", "partial_rotary_factor",
-}  # fmt: skip
-SCALINGS = {"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}
 
 
-def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
-    """Our config of a Hugging Face `config.json`. Raises ValueError for what our model cannot do, naming the field."""
-    kind = theirs.get("model_type")
-    for name, usual in USUAL.items():
-        if theirs.get(name, usual) != usual:
-            raise ValueError(f"{name}={theirs[name]!r}: only {usual!r} is supported")
-    if kind == "gpt2":
-        if theirs.get("n_inner") not in (None, 4 * theirs["n_embd"]):
-            raise ValueError(f"n_inner={theirs['n_inner']}: only the usual 4 * n_embd is supported")
-        return ModelConfig(
-            vocab_size=theirs["vocab_size"],
-            context_length=theirs["n_positions"],
-            layers=theirs["n_layer"],
-            width=theirs["n_embd"],
-            heads=theirs["n_head"],
-            attention_bias=True,
-            positions="learned",
-            norm="layer",
-            norm_epsilon=theirs["layer_norm_epsilon"],
-            mlp=_activation(theirs["activation_function"]),
-            mlp_bias=True,
-            tied=theirs.get("tie_word_embeddings", True),
-        )
-    if kind not in ("llama", "qwen3", "mistral", "mixtral"):
-        raise ValueError(f"model_type {kind!r} is unknown; there are gpt2, llama, qwen3, mistral, mixtral")
-    if theirs.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act={theirs['hidden_act']!r}: these families use silu")
-    window = theirs.get(
-        "sliding_window", 4096 if kind == "mistral" else None
-    )  # what transformers takes where it is missing
-    if kind == "qwen3" and (
-        theirs.get("use_sliding_window") or "sliding_attention" in (theirs.get("layer_types") or [])
-    ):
-        raise ValueError("use_sliding_window: Qwen3 with windows in some layers is not supported")
-    rope = theirs.get("rope_parameters") or {
-        **(theirs.get("rope_scaling") or {}), "rope_theta": theirs.get("rope_theta", 10_000.0)
-    }  # fmt: skip
-    strange = {key for key, value in rope.items() if key not in ROPE_KEYS and value is not None}
-    if strange or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"rope parameters {sorted(strange or ['partial_rotary_factor'])} are not supported")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling not in SCALINGS:
-        raise ValueError(f"rope_type {scaling!r} is unknown; there are {', '.join(SCALINGS)}")
-    return ModelConfig(
-        vocab_size=theirs["vocab_size"],
-        context_length=theirs["max_position_embeddings"],
-        layers=theirs["num_hidden_layers"],
-        width=theirs["hidden_size"],
-        heads=theirs["num_attention_heads"],
-        key_value_heads=theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
-        head_width=theirs.get("head_dim"),
-        attention_bias=theirs.get("attention_bias", False),
-        qk_norm=kind == "qwen3",
-        window=window if kind in ("mistral", "mixtral") else None,
-        rope_base=rope["rope_theta"],
-        rope_scaling=SCALINGS[scaling],
-        rope_factor=rope.get("factor", 1.0),
-        rope_original_context=rope.get("original_max_position_embeddings"),
-        rope_low_frequency=rope.get("low_freq_factor", 1.0),
-        rope_high_frequency=rope.get("high_freq_factor", 4.0),
-        yarn_fast=rope.get("beta_fast", 32.0),
-        yarn_slow=rope.get("beta_slow", 1.0),
-        norm_epsilon=theirs["rms_norm_eps"],
-        hidden_width=theirs["intermediate_size"],
-        mlp_bias=theirs.get("mlp_bias", False),
-        experts=theirs.get("num_local_experts", 0) if kind == "mixtral" else 0,
-        experts_per_token=theirs.get("num_experts_per_tok", 2) if kind == "mixtral" else 2,
-        tied=theirs.get("tie_word_embeddings", False),
-    )
+@dataclass(frozen=True)
+class Family:
+    """How checkpoints of one kind name and shape what we have, too.
+
+    Attributes:
+        names: our name -> theirs.
+        shaped: (our name, their tensor, config) -> our tensor.
+        buffers: names of theirs that hold no weights: masks and tables of angles, in files of older versions.
+        prefix: what files of the bare model, saved without its head, leave away.
+        head: their name of the output matrix. Where it is the embedding, a file may hold it all the same.
+    """
+
+    names: Mapping[str, str]
+    shaped: Callable[[str, Tensor, ModelConfig], Tensor]
+    buffers: re.Pattern[str] = re.compile(r"$^")
+    prefix: str = ""
+    head: str = "lm_head.weight"
 
 
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is unknown; there are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+def _as_stored(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    if config.experts and name.endswith(("mlp.gate", "mlp.up")):  # experts, stacked
+        return tensor.chunk(2, dim=1)[0 if name.endswith("gate") else 1]
+    return tensor
+
+
+def _from_conv1d(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """GPT-2 keeps (inputs, outputs), and query, key and value in one (gallery: baselines/conv1d)."""
+    part, _, kind = name.rpartition(".")
+    if ".attention." not in name and ".mlp." not in name:
+        return tensor
+    for place, piece in enumerate(("query", "key", "value")):
+        if part.endswith(piece):
+            tensor = tensor.chunk(3, dim=-1)[place]
+    return tensor.T if kind == "weight" else tensor
+
+
+def _from_interleaved(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """llama.cpp turns neighbouring coordinates, so its converter reorders the rows of Q and K, in files of the Llama family.
+
+    Ours turns (i, i + D/2), as Hugging Face does (gallery: baselines/interleaved).
+    """
+    if not re.search(r"attention\.(query|key)\.", name):
+        return tensor
+    heads = config.heads if ".query." in name else config.groups
+    return rows_to_half(tensor, heads)
+
+
+def rows_to_half(tensor: Tensor, heads: int) -> Tensor:
+    """The rows (H·D, ...) of each head from the interleaved to the half layout."""
+    split = tensor.unflatten(0, (heads, -1)).movedim(1, -1)  # (H, ..., D)
+    return to_half_layout(split).movedim(-1, 1).flatten(0, 1)
+
+
+HF_GPT2 = Family(GPT2, _from_conv1d, re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$"), "transformer.")
+HF_LLAMA = Family(LLAMA, _as_stored, re.compile(r"\.rotary_emb\.inv_freq$"), "model.")
+GGUF_LLAMA = Family(GGUF, _from_interleaved, head="output.weight")
+GGUF_QWEN3 = Family(GGUF, _as_stored, head="output.weight")
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Of Hugging Face checkpoints."""
+    return HF_GPT2 if config.positions == "learned" else HF_LLAMA
+
+
+def their_name(ours: str, family: Family) -> str:
+    """Their name of a parameter. Raises ValueError where the family has no such part."""
+    layer = re.search(r"\.(\d+)\.", ours)
+    pattern = ours if layer is None else ours.replace(f".{layer[1]}.", ".{i}.", 1)
+    stem, _, last = pattern.rpartition(".")
+    theirs = family.names.get(pattern) or family.names.get(f"{stem}.{{p}}")
+    if theirs is None:
+        raise ValueError(f"no name for {ours} in this family: it has no such part")
+    return theirs.replace("{i}", layer[1] if layer else "").replace("{p}", last)
+
+
+def matched(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], family: Family) -> dict[str, str]:
+    """Our name of every parameter -> the tensor of theirs that it comes from.
+
+    Args:
+        shapes: of all their tensors, by name.
+    Raises:
+        ValueError: names every tensor which is missing, left over, or has another shape than the config says.
+    """
+    if config.layers > len(shapes):  # said before a model of a million layers is built
+        raise ValueError(f"the config says {config.layers} layers, and there are {len(shapes)} tensors")
+    try:
+        with torch.device("meta"):
+            wanted = {name: tuple(p.shape) for name, p in Transformer(config).state_dict().items()}
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"no model has the size that the config says: {str(error).splitlines()[0]}") from None
+    found, missing, wrong = {}, [], []
+    for name, shape in wanted.items():
+        if name == "head.weight" and config.tied:
+            continue
+        source = their_name(name, family)
+        bare = source.removeprefix(family.prefix)
+        source = source if source in shapes or bare not in shapes else bare
+        if source not in shapes:
+            missing.append(f"{source} (our {name})")
+            continue
+        found[name] = source
+        if (made := _made_shape(name, shapes[source], family, config)) != shape:
+            wrong.append(f"{source} gives {name} the shape {made}, the config says {shape}")
+    used = set(found.values()) | ({family.head} if config.tied else set())
+    left = sorted(name for name in shapes if name not in used and not family.buffers.search(name))
+    if missing or left:
+        raise ValueError(
+            f"tensors do not fit the config: missing {_a_few(missing)}, left over {_a_few(left)}"
+        )  # gallery: baselines/not-strict
+    if wrong:
+        raise ValueError(_a_few(wrong))
+    return found
+
+
+def _made_shape(name: str, shape: tuple[int, ...], family: Family, config: ModelConfig) -> tuple[int, ...] | None:
+    try:
+        return tuple(family.shaped(name, torch.empty(shape, device="meta"), config).shape)
+    except (RuntimeError, ValueError, IndexError):  # a shape that cannot be split
+        return None
+
+
+def _a_few(names: list[str]) -> str:
+    return "none" if not names else ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def renamed(
+    theirs: Mapping[str, Tensor], names: Mapping[str, str], family: Family, config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """(our name, our tensor), one at a time: `theirs` may read each when it is asked for."""
+    for ours, source in names.items():
+        yield ours, family.shaped(ours, theirs[source], config)
 
 
 def tensors_from_hf(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -145,50 +206,27 @@ def tensors_from_hf(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 
     Raises ValueError that names every tensor which is missing or left over.
     """
-    with torch.device("meta"):
-        wanted = Transformer(config).state_dict()
-    gpt2 = config.positions == "learned"
-    table = GPT2 if gpt2 else LLAMA
-    found, used, missing = {}, set(), []
-    for name in wanted:
+    family = family_of(config)
+    names = matched(config, {name: tuple(tensor.shape) for name, tensor in theirs.items()}, family)
+    return dict(renamed(theirs, names, family, config))
+
+
+def tensors_to_hf(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The way back: our parameters as a Hugging Face checkpoint has them."""
+    family, found = family_of(config), {}
+    for name, tensor in ours.items():
         if name == "head.weight" and config.tied:
             continue
-        source = _their_name(name, table)
-        if source not in theirs:
-            missing.append(f"{source} (our {name})")
-            continue
-        used.add(source)
-        found[name] = _our_shape(name, theirs[source], gpt2)
-        if found[name].shape != wanted[name].shape:
-            raise ValueError(
-                f"{source} gives {name} the shape {tuple(found[name].shape)}, the config says {tuple(wanted[name].shape)}"
-            )
-    left = sorted(set(theirs) - used - ({"lm_head.weight"} if config.tied else set()))
-    if missing or left:
-        raise ValueError(f"tensors do not fit the config: missing {missing or 'none'}, left over {left or 'none'}")
-    return found
-
-
-def _their_name(ours: str, table: Mapping[str, str]) -> str:
-    layer = re.search(r"\.(\d+)\.", ours)
-    pattern = ours if layer is None else ours.replace(f".{layer[1]}.", ".{i}.", 1)
-    stem, _, last = pattern.rpartition(".")
-    theirs = table.get(pattern) or table.get(f"{stem}.{{p}}")
-    if theirs is None:
-        raise ValueError(f"no name for {ours} in this family: it has no such part")
-    return theirs.replace("{i}", layer[1] if layer else "").replace("{p}", last)
-
-
-def _our_shape(name: str, tensor: Tensor, gpt2: bool) -> Tensor:
-    part, _, kind = name.rpartition(".")
-    if (gpt2 and ".attention." in name) or (gpt2 and ".mlp." in name):
-        for place, piece in enumerate(("query", "key", "value")):
-            if part.endswith(piece):
-                tensor = tensor.chunk(3, dim=-1)[place]
-        return tensor.T if kind == "weight" else tensor  # their Conv1D keeps (inputs, outputs)
-    if name.endswith(("mlp.gate", "mlp.up")):  # experts, stacked
-        return tensor.chunk(2, dim=1)[0 if name.endswith("gate") else 1]
-    return tensor
+        if config.rope_layout == "interleaved" and config.positions == "rope":
+            tensor = _from_interleaved(name, tensor, config)
+            if name.endswith(("query_norm.weight", "key_norm.weight")):
+                tensor = to_half_layout(tensor)
+        if family is HF_GPT2 and name.endswith(".weight") and (".attention." in name or ".mlp." in name):
+            tensor = tensor.T
+        found.setdefault(their_name(name, family), []).append(tensor)  # query, key, value and gate, up: in our order
+    last = family is HF_GPT2
+    return {name: (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1 if last else 1)).contiguous()
+            for name, parts in found.items()}  # fmt: skip
 
 
 def from_transformers(module: torch.nn.Module) -> Transformer:

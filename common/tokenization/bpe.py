@@ -9,7 +9,9 @@ What it does not do: train on anything but words (no merges across spaces), norm
 import codecs
 import heapq
 import itertools
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +27,35 @@ CACHED_WORDS = 1 << 18  # words remembered; the cache is emptied when it is full
 LONG_WORD = 64  # bytes; longer words are merged with a heap, and not remembered
 
 
+@dataclass(frozen=True)
+class Rules:
+    """Where a published tokenizer departs from plain byte-level BPE.
+
+    Attributes:
+        incomplete: its vocabulary lacks some of the 256 bytes (SmolLM2: control characters); they are dropped from text
+            before merging, as the tokenizers library does.
+        nfc: text is brought into Unicode's composed form first (Qwen).
+        whole_words: a word that is a token is taken whole, whatever the merges say (Llama 3).
+        visible: special tokens that are text when they are decoded (Qwen's <think>).
+    """
+
+    incomplete: bool = False
+    nfc: bool = False
+    whole_words: bool = False
+    visible: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Only what is not the default, so that fingerprints of plain tokenizers stay what they are."""
+        found = asdict(self) | {"visible": list(self.visible)}
+        return {name: value for name, value in found.items() if value and name != "incomplete"}
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Self:
+        """The way back. A vocabulary shows by itself what it lacks."""
+        named = {name: found[name] for name in ("nfc", "whole_words") if name in found}
+        return cls(incomplete=True, visible=tuple(found.get("visible", ())), **named)
+
+
 class BPETokenizer:
     """Byte-level BPE from its parts.
 
@@ -33,26 +64,36 @@ class BPETokenizer:
         merges: pairs of ids in the order of their rank. The merged bytes must be a token.
         pattern: cuts text into words, see patterns.py. It must match every character of any text.
         specials: text -> id of the special tokens.
+        rules: what published tokenizers do differently; ours need none of it. See Rules.
     Attributes:
         vocab_size: one more than the largest id.
+        lost: the bytes that it lacks.
         fingerprint: changes whenever anything changes that changes ids.
     """
 
     def __init__(
-        self, tokens: Mapping[int, bytes], merges: Sequence[Pair], pattern: str, specials: Mapping[str, int]
+        self,
+        tokens: Mapping[int, bytes],
+        merges: Sequence[Pair],
+        pattern: str,
+        specials: Mapping[str, int],
+        rules: Rules | None = None,
     ) -> None:
         self.tokens, self.merges, self.pattern = dict(tokens), [(a, b) for a, b in merges], pattern
-        self.specials = dict(specials)
+        self.specials, self.rules = dict(specials), rules or Rules()
         self.vocab_size = 1 + max(itertools.chain(self.tokens, self.specials.values()))
         id_of = {raw: token for token, raw in self.tokens.items()}
+        self.lost = frozenset(byte for byte in range(256) if bytes([byte]) not in id_of)
         self._check(id_of)
-        self._byte_ids = [id_of[bytes([byte])] for byte in range(256)]
+        self._byte_ids = [id_of.get(bytes([byte]), -1) for byte in range(256)]
         self._rank = {
             pair: (rank, id_of[self.tokens[pair[0]] + self.tokens[pair[1]]]) for rank, pair in enumerate(self.merges)
         }
         self._find = finder(pattern)
         self._cache: dict[str, list[int]] = {}
         self._raw = {**self.tokens, **dict.fromkeys(self.specials.values(), b"")}
+        self._raw |= {self.specials[name]: name.encode("utf-8") for name in self.rules.visible}
+        self._whole = {raw: [token] for raw, token in id_of.items()} if self.rules.whole_words else {}
         self.fingerprint = sha256_json(
             {
                 "kind": "bpe",
@@ -60,13 +101,13 @@ class BPETokenizer:
                 "merges": self.merges,
                 "pattern": pattern,
                 "specials": self.specials,
+                **self.rules.as_dict(),
             }
         )
 
     def _check(self, id_of: dict[bytes, int]) -> None:
-        missing = [byte for byte in range(256) if bytes([byte]) not in id_of]
-        if missing:
-            raise ValueError(f"a byte-level tokenizer needs all 256 bytes; it lacks {missing[:5]}")
+        if self.lost and not self.rules.incomplete:
+            raise ValueError(f"a byte-level tokenizer needs all 256 bytes; it lacks {sorted(self.lost)[:5]}")
         if len(id_of) != len(self.tokens):
             raise ValueError(f"{len(self.tokens) - len(id_of)} tokens have the same bytes as another one")
         taken = set(self.tokens) & set(self.specials.values())
@@ -169,6 +210,8 @@ class BPETokenizer:
         return self._encode_ordinary(raw.decode("utf-8", errors="surrogateescape"))
 
     def _encode_ordinary(self, text: str) -> list[int]:
+        if self.rules.nfc:
+            text = unicodedata.normalize("NFC", text)
         ids: list[int] = []
         cache, words = self._cache, self._find(text)
         if sum(map(len, words)) != len(text):
@@ -182,6 +225,10 @@ class BPETokenizer:
 
     def _encode_word(self, word: str) -> list[int]:
         raw = word.encode("utf-8", errors="surrogateescape")
+        if self.lost:
+            raw = bytes(byte for byte in raw if byte not in self.lost)
+        if raw in self._whole:
+            return self._whole[raw]
         if len(raw) > LONG_WORD:
             return self.merge_long([self._byte_ids[byte] for byte in raw])
         ids = self.merge_short([self._byte_ids[byte] for byte in raw])
@@ -268,6 +315,7 @@ class BPETokenizer:
             "specials": self.specials,
             "tokens": {str(token): raw.hex() for token, raw in self.tokens.items()},
             "merges": [list(pair) for pair in self.merges],
+            **self.rules.as_dict(),
         }
 
     def to_tiktoken(self, name: str = "spine") -> tiktoken.Encoding:
@@ -290,7 +338,7 @@ class BPETokenizer:
             if found["format"] != "spine-bpe-1":
                 raise ValueError(f"its format is {found['format']!r}, not 'spine-bpe-1'")
             tokens = {int(token): bytes.fromhex(raw) for token, raw in found["tokens"].items()}
-            made = cls(tokens, found["merges"], found["pattern"], found["specials"])
+            made = cls(tokens, found["merges"], found["pattern"], found["specials"], Rules.of(found))
         except (KeyError, TypeError, ValueError, AttributeError, regex.error) as error:
             raise ValueError(f"{path} is not a tokenizer: {error!r}") from error
         if made.fingerprint != found["fingerprint"]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import tiktoken
 
-from common.tokenization.bpe import BPETokenizer
+from common.foundation.gguf_file import GGUFFile
+from common.tokenization.bpe import BPETokenizer, Rules
 from common.tokenization.patterns import GPT2_PATTERN, GPT4_GROUPS_PATTERN, SMOLLM_PATTERN
 from common.tokenization.train import Pair
 
@@ -27,6 +28,7 @@ def byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
+INCOMPLETE = Rules(incomplete=True)
 _CHARACTERS = byte_characters()
 _BYTE_OF = {character: byte for byte, character in enumerate(_CHARACTERS)}
 
@@ -53,6 +55,8 @@ def to_tiktoken(tokenizer: BPETokenizer, name: str = "spine") -> tiktoken.Encodi
     ids imply: true for what is trained here. Raises ValueError where it is not.
     """
     id_of = {raw: token for token, raw in tokenizer.tokens.items()}
+    if tokenizer.lost or tokenizer.rules.nfc or tokenizer.rules.whole_words:
+        raise ValueError(f"tiktoken has no {tokenizer.rules}: encode with the tokenizer itself")
     if not _ids_imply_merges(tokenizer):
         raise ValueError("the merges are not those that the order of the ids implies, which tiktoken takes for granted")
     return tiktoken.Encoding(
@@ -111,14 +115,18 @@ def to_hf_json(tokenizer: BPETokenizer) -> str:
     names = {token: text for text, token in ordinary.items()}
     cut = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": i, "content": text, **flags, "special": text not in tokenizer.rules.visible}
+        for text, i in tokenizer.specials.items()
+    ]
     return json.dumps(
         {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [{"id": i, "content": text, **flags} for text, i in tokenizer.specials.items()],
-            "normalizer": None,
+            "added_tokens": added,
+            "normalizer": {"type": "NFC"} if tokenizer.rules.nfc else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, to_bytes]},
             "post_processor": None,
             "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
@@ -130,7 +138,7 @@ def to_hf_json(tokenizer: BPETokenizer) -> str:
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": False,
+                "ignore_merges": tokenizer.rules.whole_words,
                 "vocab": ordinary | tokenizer.specials,
                 "merges": [[names[a], names[b]] for a, b in tokenizer.merges],
             },
@@ -146,18 +154,18 @@ def from_hf_json(source: str | Path) -> BPETokenizer:
         model = found["model"]
         if model["type"] != "BPE":
             raise ValueError(f"its model is {model['type']}, not BPE")
-        for name in ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
+        for name in ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(name):
                 raise ValueError(f"its model sets {name}, which would give other ids")
-        ordinary = [token["content"] for token in found.get("added_tokens", []) if not token.get("special", True)]
-        if ordinary:
-            raise ValueError(f"it adds tokens that are not special, such as {ordinary[0]!r}")
-        if found.get("normalizer"):
-            raise ValueError(f"it normalises text ({found['normalizer']['type']}), which loses something")
+        normalizer = (found.get("normalizer") or {}).get("type")
+        if normalizer not in (None, "NFC"):
+            raise ValueError(f"it normalises text ({normalizer}), which loses something")
+        visible = tuple(token["content"] for token in found.get("added_tokens", []) if not token.get("special", True))
+        rules = Rules(True, normalizer == "NFC", bool(model.get("ignore_merges")), visible)
         pattern = _hf_pattern(found["pre_tokenizer"])
         specials = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        return _from_vocabulary(model["vocab"], merges, pattern, specials)
+        return _from_vocabulary(model["vocab"], merges, pattern, specials, rules)
     except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
         raise ValueError(f"{source} cannot be read as byte-level BPE: {error}") from error
 
@@ -181,12 +189,16 @@ def _hf_pattern(pre: Mapping[str, Any]) -> str:
 
 
 def _from_vocabulary(
-    vocabulary: Mapping[str, int], merges: Sequence[Sequence[str]], pattern: str, specials: Mapping[str, int]
+    vocabulary: Mapping[str, int],
+    merges: Sequence[Sequence[str]],
+    pattern: str,
+    specials: Mapping[str, int],
+    rules: Rules = INCOMPLETE,
 ) -> BPETokenizer:
     """From tokens written in GPT-2's characters. A special token may stand in the vocabulary as well."""
     tokens = {token: from_characters(text) for text, token in vocabulary.items() if text not in specials}
     pairs = [(vocabulary[a], vocabulary[b]) for a, b in merges]
-    return BPETokenizer(tokens, pairs, pattern, specials)
+    return BPETokenizer(tokens, pairs, pattern, specials, rules)
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -197,22 +209,24 @@ _GGUF_ORDINARY = 1  # llama.cpp's token types: 1 normal, 3 control, 4 user-defin
 
 def from_gguf(path: str | Path) -> BPETokenizer:
     """The tokenizer in the metadata of a GGUF file. Raises ValueError where it is not byte-level BPE as we know it."""
-    from gguf import GGUFReader
+    return tokenizer_of_metadata(GGUFFile(path).metadata, str(path))
 
+
+def tokenizer_of_metadata(metadata: Mapping[str, Any], where: str) -> BPETokenizer:
+    """The same of metadata that has been read already. `where` is named in errors."""
     try:
-        fields = GGUFReader(path).fields
-        read = {
-            name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("model", "tokens", "merges", "token_type")
-        }
-        pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "gpt-2"
+        read = {name: metadata[f"tokenizer.ggml.{name}"] for name in ("model", "tokens", "merges", "token_type")}
+        pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
         if read["model"] != "gpt2":
             raise ValueError(f"its tokenizer is {read['model']!r}, not byte-level BPE ('gpt2')")
         if pre not in GGUF_PATTERNS:
             raise ValueError(f"it cuts text as {pre!r}; known are {', '.join(GGUF_PATTERNS)}")
         kinds = read["token_type"]
+        if len(kinds) != len(read["tokens"]):
+            raise ValueError(f"{len(read['tokens'])} tokens have {len(kinds)} types")
         vocabulary = {text: token for token, text in enumerate(read["tokens"])}
         specials = {text: token for text, token in vocabulary.items() if kinds[token] != _GGUF_ORDINARY}
         merges = [pair.split(" ") for pair in read["merges"]]
         return _from_vocabulary(vocabulary, merges, GGUF_PATTERNS[pre], specials)
-    except (KeyError, IndexError, TypeError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable tokenizer: {error}") from error
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: no readable tokenizer: {error}") from error

@@ -34,3 +34,18 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The raw bytes of one token; a special token has none."""
         ...
+
+
+# What ends a document, and what ends a message of an assistant, in the models that `pretrained` reads.
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<|eot_id|>", MESSAGE_END)
+TURN_ENDS = (MESSAGE_END, "<|eot_id|>", END_OF_TEXT, "<|end_of_text|>")
+
+
+def document_end(tokenizer: Tokenizer) -> int:
+    """The id that ends a document, and opens the next. Raises ValueError where the tokenizer has none that we know."""
+    for name in DOCUMENT_ENDS:
+        if name in tokenizer.specials:
+            return tokenizer.specials[name]
+    raise ValueError(
+        f"none of {', '.join(DOCUMENT_ENDS)} is a special token here; there are {list(tokenizer.specials)[:5]}"
+    )

@@ -15,7 +15,8 @@ from common.model.latent import LatentAttention
 from common.model.masks import positions_of
 from common.model.mlp import MixtureOfExperts
 from common.model.positions import rope_angles, rope_frequencies, wide
-from common.pretrained.names import config_from_hf, from_transformers, tensors_from_hf
+from common.pretrained.configs import config_from_hf
+from common.pretrained.names import from_transformers, tensors_from_hf
 from common.training.loss import language_model_loss
 
 V = 61
