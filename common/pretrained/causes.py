@@ -140,8 +140,8 @@ def _heads(stage: Any, model: Transformer, reference: Mapping[str, Tensor]) -> I
 
     def mixed(
         layout: str = config.rope_layout, base: float = config.rope_base, *, rotary: bool = config.positions == "rope",
-        scale: float | None = config.attention_scale, form: torch.dtype | None = None, tiled: bool = False, masked: bool = True,
-        scaling: str = config.rope_scaling, window: int | None = config.window,
+        scale: float | None = config.attention_scale, form: torch.dtype | None = None, tiled: bool = False,
+        masked: bool = True, scaling: str = config.rope_scaling, window: int | None = config.window,
     ) -> Tensor:  # fmt: skip
         a, b, values = q, k, v
         if rotary:
