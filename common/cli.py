@@ -281,6 +281,99 @@ def sample(
     finish([dataclasses.asdict(completion) for completion in completions], json)
 
 
+@app.command(name="chat")
+def chat(
+    model: str = "smollm2",
+    prompt: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: int = 0,
+    system: str | None = None,
+    json: bool = False,
+) -> None:
+    """Talk with a model; it writes as it thinks. An empty line or Ctrl-D ends, Ctrl-C breaks a reply off, /new starts anew.
+
+    Args:
+        model: smollm2, a run of ours, a GGUF file, a Hugging Face folder or hub name.
+        prompt: one message; the reply is printed and that is all.
+        system: the first message of the conversation.
+    """
+    from common.foundation.run import announce
+    from common.generation.conversation import Conversation, chat_engine
+    from common.generation.sampling import SamplingParams
+    from common.pretrained.load import load_pretrained
+
+    loaded = load_pretrained(model)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer.json: a conversation needs one")
+    if loaded.chat_template is None:
+        announce(f"{model} has no chat template: it continues your text, and nobody has taught it to answer")
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    talk = Conversation(chat_engine(loaded.model, loaded.tokenizer), loaded.chat_template)
+    talk.messages += [{"role": "system", "content": system}] if system else []
+
+    def answer(text: str) -> None:
+        try:
+            for piece in talk.reply(text, params):
+                print(piece, end="", flush=not json, file=sys.stderr if json else sys.stdout)
+        except KeyboardInterrupt:
+            announce(" (broken off)")
+        print(file=sys.stderr if json else sys.stdout)
+
+    if prompt is not None:
+        answer(prompt)
+        finish(talk.messages, json)
+        return
+    while True:
+        try:
+            text = input("you> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            break
+        if not text:
+            break
+        if text == "/new":
+            talk.messages = [{"role": "system", "content": system}] if system else []
+            continue
+        try:
+            answer(text)
+        except ValueError as error:
+            announce(f"error: {error}")
+    finish(talk.messages, json)
+
+
+@app.command(name="parity")
+def parity(hf: str = "smollm2", tokens: int = 256, json: bool = False) -> None:
+    """Compare a model in our code with the same files in transformers: stage by stage, ids, greedy text.
+
+    Args:
+        hf: a Hugging Face folder or hub name, a GGUF file, or smollm2.
+        tokens: length of the row that is compared; long rows show what short ones hide.
+    """
+    from common.pretrained.load import load_pretrained
+    from common.studies import platform
+
+    loaded = load_pretrained(hf)
+    theirs = platform.reference_of(hf)
+    found = platform.forward_parity(loaded, theirs.model, tokens=tokens)
+    print(found)
+    agreed = {"parity": found.first is None, "first": found.first and found.first.stage.name, "cause": found.cause}
+    if loaded.tokenizer is not None and theirs.tokenizer is not None:
+        texts = platform.strange_texts(2000)
+        odd = platform.differing_ids(loaded.tokenizer, theirs.tokenizer, texts)
+        print(
+            f"tokenizer: {len(odd)} of {len(texts):,} strange strings have other ids"
+            + (f", such as {odd[0]!r}" if odd else "")
+        )
+        same, _ = platform.greedy_parity(loaded, theirs.model, platform.PROMPTS[:5], tokens=50)
+        print(f"greedy text: {sum(same)} of {len(same)} prompts the same for 50 tokens")
+        agreed |= {"strings": len(odd), "prompts": same}
+    finish({**agreed, "logits": found.logits, "stages": {row.stage.name: row.forced for row in found.rows}}, json)
+    if found.first is not None:
+        sys.exit(1)
+
+
 @app.command(name="evaluate")
 def evaluate(
     strategy: Literal["columns", "ask"] = "columns",

@@ -85,6 +85,21 @@ HANDLES = {
     "optimizer_settings": "dict: lr, betas, eps, weight_decay that it has, if it is an AdamW",
     "save_numbered": "callable: (folder, number) -> None, saves a snapshot of that number, keeping one",
     "newest_number": "callable: (folder) -> number of the snapshot that a resumed training would take, or None",
+    "reference_model": "as `model`: an independent implementation with the same weights",
+    "reference_context": "int: how many tokens the reference is meant for",
+    "context_length": "int: how many tokens the model is meant for, as it was loaded",
+    "parity_tolerance": "optional: how far logits may be apart, in deviations of the reference's; if not in float32",
+    "greedy": "callable: (prompt: list of ids, count) -> the most probable ids after it, one at a time",
+    "reference_greedy": "the same of the reference",
+    "checkpoint": "dict: named tensors of somebody else's model, as its files have them",
+    "load_foreign": "callable: named tensors of that kind -> model, as `model`; raises where they do not fit",
+    "load_named": "callable: (name of a folder or model) -> model: the same files under that name",
+    "idle_tensors": "optional: names in the checkpoint that no output depends on, by arithmetic",
+    "exported": "callable: () -> model, as `model`: written to a folder and loaded again by somebody else",
+    "next_probabilities": "callable: ids (B, T) -> probabilities (B, V) that the next token is drawn from",
+    "makeable_ids": "set of the ids that the tokenizer can make",
+    "conversation_ids": "callable: list of messages, each with role and content -> ids fed to the model",
+    "reference_conversation_ids": "the same of the reference",
 }
 
 

@@ -19,6 +19,8 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 LEAST = {**{kind: struct.calcsize(form) for kind, form in SCALARS.items()}, STRING: 8}  # bytes of the smallest value
 MOST_DIMENSIONS = 4
+MOST_VALUES = 1 << 24  # in all arrays together; the vocabularies of today have a quarter of a million tokens
+PIECE = 1 << 20  # bytes of float32 that are made at a time
 
 
 @dataclass(frozen=True)
@@ -48,28 +50,42 @@ class GGUFFile:
             raise FileNotFoundError(f"there is no file {self.path}")
         if self.path.stat().st_size < 24:
             raise ValueError(f"{self.path} is not a GGUF file: it has {self.path.stat().st_size} bytes")
-        self._data = np.memmap(self.path, mode="r")
-        self._at = 0
+        self._data = memoryview(np.memmap(self.path, mode="r"))  # for the header; tensors are read where they are
+        self._at, self._values = 0, 0
         try:
             self._read_header()
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} cannot be read as GGUF: {error}. Fetch it again.") from error
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor in float32, dequantised where it is quantised. Raises ValueError for a format that cannot be."""
+        """A tensor in float32, dequantised where it is quantised. Raises ValueError for a format that cannot be.
+
+        It is read and computed in pieces: beside the result hardly anything is held, and nothing stays mapped.
+        """
         stored = self.tensors[name]
-        raw = self._data[stored.start : stored.start + stored.nbytes]
         block, size = gguf.GGML_QUANT_SIZES[stored.kind]
-        rows = raw.reshape(-1, stored.shape[-1] // block * size)
+        width = stored.shape[-1]
+        made = np.empty(stored.shape, dtype=np.float32)
+        rows, row_bytes, step = made.reshape(-1, width), width // block * size, max(1, PIECE // (4 * width))
         try:
-            return gguf.dequantize(rows, stored.kind).astype(np.float32, copy=False).reshape(stored.shape)
+            with self.path.open("rb") as file, np.errstate(all="ignore"):  # scales that are NaN: seen in the result
+                file.seek(stored.start)
+                for first in range(0, len(rows), step):
+                    piece = rows[first : first + step]
+                    raw = np.fromfile(file, dtype=np.uint8, count=len(piece) * row_bytes)
+                    if raw.size < len(piece) * row_bytes:
+                        raise ValueError(f"{self.path} ended within {name}: it has become shorter")
+                    piece[:] = gguf.dequantize(raw.reshape(len(piece), row_bytes), stored.kind)
         except NotImplementedError as error:
             raise ValueError(f"{self.path}: {name} is stored as {stored.kind.name}, which cannot be read") from error
+        return made
 
     def _read_header(self) -> None:
         if bytes(self._take(4)) != MAGIC:
             raise ValueError("it does not begin with 'GGUF'")
         version = self._scalar("<I")
+        if int.from_bytes(struct.pack(">I", version), "little") in VERSIONS:
+            raise ValueError("it is big-endian")
         if version not in VERSIONS:
             raise ValueError(f"version {version}; versions {VERSIONS} are known")
         tensors, pairs = self._count(8 + 4 + 8 + 4 + 8, "tensors"), self._count(8 + 4 + 1, "metadata entries")
@@ -88,6 +104,8 @@ class GGUFFile:
         for name, kind, shape, offset in table:
             if name in self.tensors:
                 raise ValueError(f"the tensor {name!r} occurs twice")
+            if offset % alignment:
+                raise ValueError(f"{name} begins at {offset:,}, which is no multiple of the alignment {alignment:,}")
             self.tensors[name] = self._placed(name, kind, shape, first + offset)
         self._check_overlap()
 
@@ -136,6 +154,9 @@ class GGUFFile:
         if inner not in LEAST:
             raise ValueError(f"{key} is an array of the unknown type {inner}")
         count = self._count(LEAST[inner], f"values of {key}")
+        self._values += count
+        if self._values > MOST_VALUES:
+            raise ValueError(f"its arrays, up to {key}, have {self._values:,} values; {MOST_VALUES:,} are read")
         if inner == STRING:
             return [self._string() for _ in range(count)]
         return np.frombuffer(self._take(count * LEAST[inner]), dtype=SCALARS[inner]).tolist()
@@ -159,4 +180,4 @@ class GGUFFile:
         if end > len(self._data):
             raise ValueError(f"{count:,} bytes are wanted at byte {self._at:,}, the file ends at {len(self._data):,}")
         taken, self._at = self._data[self._at : end], end
-        return taken.data
+        return taken

@@ -91,6 +91,21 @@ def recompute(model: LanguageModel, rows: Iterable[Row]) -> Float[Tensor, "B V"]
     return torch.cat([model(part, pad_mask=pads).logits[:, -1] for part, pads in parts])
 
 
+@dataclass
+class Memory:
+    """What is left of the last row that was read: the next one may begin alike, as the turns of a conversation do."""
+
+    tokens: list[int] = field(default_factory=list)
+    cache: Cache | None = None
+
+    def shared(self, window: Sequence[int]) -> int:
+        """How many first tokens of `window` need not be read again; the last one always is, for its logits."""
+        if self.cache is None:
+            return 0
+        most = min(len(self.tokens), len(window) - 1)
+        return next((i for i in range(most) if self.tokens[i] != window[i]), most)
+
+
 class Cached:
     """`recompute` for a model with `new_cache`: after a prefill, each call shows the model one token of each row.
 
@@ -99,10 +114,11 @@ class Cached:
     Args:
         model: see Transformer.
         max_tokens: how many tokens the rows may grow, for the capacity of the cache.
+        memory: of an earlier row, to begin from where there is a single one; `remember` fills it.
     """
 
-    def __init__(self, model: LanguageModel, max_tokens: int) -> None:
-        self.model, self.max_tokens, self.device = model, max_tokens, device_of(model)
+    def __init__(self, model: LanguageModel, max_tokens: int, memory: Memory | None = None) -> None:
+        self.model, self.max_tokens, self.device, self.memory = model, max_tokens, device_of(model), memory
         self.cache: Cache | None = None
         self.held: list[Row] = []  # the rows in the cache, in its order; some may have ended
 
@@ -131,8 +147,21 @@ class Cached:
         ids, pad_mask = padded(list(number), left=True, device=self.device)  # (distinct, T)
         batch, width = ids.shape
         cache, ragged = self.model.new_cache(batch, width), bool(pad_mask.any())
+        known = self.memory.shared(next(iter(number))) if self.memory is not None and batch == 1 else 0
+        if known:
+            cache = self.memory.cache.fork([0], capacity=max(width, self.memory.cache.length))
+            cache.truncate(known)
+            ids, pad_mask = ids[:, known:], pad_mask[:, known:]
         few = max(1, LOGITS_AT_ONCE // (batch * self.model.vocab_size))  # tokens at once
         for part, pads in zip(ids.split(few, dim=1), pad_mask.split(few, dim=1), strict=True):
             logits = self.model(part, cache=cache, pad_mask=pads if ragged else None).logits[:, -1]
         self.cache = cache.fork(which, capacity=min(length, width + self.max_tokens))
         return logits[which]
+
+    def remember(self) -> None:
+        """Leave what a single row has in the cache to `memory`, if the row is there from its beginning."""
+        if self.memory is not None and len(self.held) == 1:
+            (row,) = self.held
+            whole = context_start(len(row.tokens), self.model.context_length) == 0
+            self.memory.tokens = row.tokens[: self.cache.length] if whole else []
+            self.memory.cache = self.cache if whole else None

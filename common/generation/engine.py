@@ -66,6 +66,8 @@ class Engine:
         cached: False runs each step on everything again, as for a model without a cache: slow, and what the cache is
             tested against.
         ends: ids that end a text; by default the end of a document. A chat model also ends its turns.
+        remember: `stream` begins from what it read and wrote the last time, as far as the next prompt is the same: for
+            conversations. Costs the memory of one cache.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Engine:
         batch_size: int = 256,
         cached: bool = True,
         ends: Collection[int] | None = None,
+        remember: bool = False,
     ) -> None:
         if model.vocab_size < tokenizer.vocab_size:
             raise ValueError(
@@ -88,6 +91,7 @@ class Engine:
         self.cached = cached and hasattr(model, "new_cache")
         self.end = document_end(tokenizer)
         self.ends = frozenset([self.end] if ends is None else ends)
+        self.memory = decode.Memory() if remember and self.cached else None
 
     def encode(self, text: str) -> list[int]:
         """The prompt of a text as a document begins: end-of-text, then the text."""
@@ -147,7 +151,7 @@ class Engine:
     def _pieces(self, row: Row, params: SamplingParams) -> Iterator[str]:
         stops, sent = [text.encode("utf-8") for text in params.stop], 0
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for _ in self._steps([row], params):
+        for _ in self._steps([row], params, self.memory):
             certain = len(row.raw) - (0 if row.reason else undecided(row.raw, stops))
             piece = decoder.decode(row.raw[sent:certain], final=row.reason is not None)
             sent = certain
@@ -155,12 +159,15 @@ class Engine:
                 yield piece
 
     @torch.inference_mode()  # torch enters it while this generator runs, and leaves it at each yield
-    def _steps(self, rows: list[Row], params: SamplingParams) -> Iterator[None]:
+    def _steps(self, rows: list[Row], params: SamplingParams, memory: decode.Memory | None = None) -> Iterator[None]:
         """Advance all rows until each has a reason to have ended. Yields after each token."""
         stops = [text.encode("utf-8") for text in params.stop]
-        next_logits = Cached(self.model, params.max_tokens) if self.cached else partial(recompute, self.model)
+        cached = Cached(self.model, params.max_tokens, memory) if self.cached else None
+        next_logits = cached or partial(recompute, self.model)
         for step in range(params.max_tokens):
             logits = next_logits(rows)  # (B, V)
+            if memory is not None:
+                cached.remember()
             uniforms = torch.tensor([row.uniforms[step] for row in rows], dtype=torch.float64, device=logits.device)
             tokens = sample(logits, params, uniforms)
             if params.logprobs:

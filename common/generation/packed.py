@@ -36,16 +36,23 @@ def can_pack() -> bool:
 
 
 def packed(model: Transformer) -> Transformer:
-    """A copy of a model on the CPU that decodes faster; the model itself where nothing can be packed (GPU, another torch).
+    """A copy of a model on the CPU that decodes faster; the model itself where nothing can be packed (GPU, another torch,
+    float64, packed already).
 
-    Costs the memory of the matrices once more, and of a tied head.
+    Costs the memory of the matrices once more, and of a tied head. What is no matrix product (embeddings, norms, experts)
+    is shared: when the model has been trained on, pack it again.
     """
-    if not can_pack() or next(model.parameters()).device.type != "cpu":
+    done = any(isinstance(m, PackedLinear) for m in model.modules())
+    if done or not can_pack() or next(model.parameters()).device.type != "cpu":
         return model
-    kept = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    made = copy.deepcopy(model, memo=kept).eval()  # the matrices are not copied: they are about to be replaced
+    # Own parameters on the same storage: the copy asks for no gradient, the model still may.
+    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    made = copy.deepcopy(model, memo=shared).eval()
     for parent in list(made.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child))
-    return made.requires_grad_(False)
+                try:
+                    setattr(parent, name, PackedLinear(child))
+                except RuntimeError:  # oneDNN does not have the number format, or not on this CPU
+                    return model
+    return made

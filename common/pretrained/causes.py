@@ -6,7 +6,7 @@ and of the issue trackers it cites; a list, not an oracle.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,14 +35,40 @@ def likely_cause(
         return f"shapes: ours is {tuple(mine.shape)}, theirs {tuple(theirs.shape)}"
     theirs = theirs.reshape(mine.shape)
     module = model.get_submodule(stage.ours)
+    plain = _our_own_fault(stage, model, module, mine, theirs, reference, tolerance)
+    if plain:
+        return plain
     best: tuple[float, str] = (math.inf, "")
     for text, made in _guesses(stage, model, module, reference, inputs):
         if made.shape == theirs.shape:
-            error = float((made.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30))
-            best = min(best, (error, text))
+            best = min(best, (_apart(made, theirs), text))
     if best[0] <= 5 * tolerance:
         return f"{best[1]} (with that, the stage agrees to {best[0]:.0e})"
     return _pattern(mine.double(), theirs.double())
+
+
+def _our_own_fault(
+    stage: Any, model: Transformer, module: nn.Module, mine: Tensor, theirs: Tensor, reference: Mapping[str, Tensor],
+    tolerance: float,
+) -> str:  # fmt: skip
+    """What can be seen on our side alone; empty where nothing can."""
+    if stage.kind == "norm" and bool((module.weight == 1).all()):
+        return "our weight is all ones, as before any training: this layer was never loaded"
+    for kept in (torch.bfloat16, torch.float16):
+        if stage.kind == "embedding" and torch.equal(theirs.to(kept).to(mine.dtype), mine):
+            return f"our weights are those of the reference, rounded to {kept}"
+    if stage.kind == "heads" and model.config.positions == "rope":
+        mixed = _mixer(stage, model, reference)
+        if _apart(mixed(), theirs) <= 5 * tolerance:  # our config is right, and what we compute is not what it says
+            for form in (torch.bfloat16, torch.float16):
+                if _apart(mixed(form=form), mine) <= 5 * tolerance:
+                    return f"our rotary angles are computed in {form}"
+            return "our config gives the reference's numbers when it is computed plainly: the computation is at fault"
+    return ""
+
+
+def _apart(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30))
 
 
 def _guesses(
@@ -72,13 +98,14 @@ def _guesses(
         yield from _products(module, inputs[0], model, "head")
     elif isinstance(module, nn.Linear):
         yield from _products(module, inputs[0], model, stage.kind)
-        if stage.kind in ("query", "key", "value"):
+        if stage.kind in ("query", "key", "value", "gate", "up"):
             yield from _exchanged(stage, module(inputs[0]), reference)
 
 
 def _exchanged(stage: Any, mine: Tensor, reference: Mapping[str, Tensor]) -> Iterator[Guess]:
-    for kind in {"query", "key", "value"} - {stage.kind}:
-        other = reference[stage.name.replace(stage.kind, kind)]
+    kinds = {"gate", "up"} if stage.kind in ("gate", "up") else {"query", "key", "value"}
+    for kind in sorted(kinds - {stage.kind}):
+        other = reference.get(stage.name.replace(stage.kind, kind), torch.empty(0))
         if other.numel() == mine.numel() and torch.allclose(mine, other.reshape(mine.shape), rtol=1e-3, atol=1e-4):
             yield f"our {stage.kind} is the reference's {kind}", reference[stage.name].reshape(mine.shape)
 
@@ -129,8 +156,8 @@ def _rows_to_interleaved(w: Tensor, heads: int) -> Tensor:
     return split.transpose(1, 2).flatten(0, 2)
 
 
-def _heads(stage: Any, model: Transformer, reference: Mapping[str, Tensor]) -> Iterator[Guess]:
-    """Attention of the reference's own queries, keys and values under other rules than ours."""
+def _mixer(stage: Any, model: Transformer, reference: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    """Attention of the reference's own queries, keys and values: under our rules, or others that are given."""
     config, layer = model.config, stage.name.split(",")[0]
     q, k, v = (reference[f"{layer}, {kind}"] for kind in ("query", "key", "value"))
     if config.qk_norm:
@@ -163,6 +190,11 @@ def _heads(stage: Any, model: Transformer, reference: Mapping[str, Tensor]) -> I
         out, _ = attend_naive(a, b, values, mask=mask[None, None], scale=scale)
         return out.transpose(1, 2).flatten(2)
 
+    return mixed
+
+
+def _heads(stage: Any, model: Transformer, reference: Mapping[str, Tensor]) -> Iterator[Guess]:
+    config, mixed = model.config, _mixer(stage, model, reference)
     if config.positions == "rope":
         other = "interleaved" if config.rope_layout == "half" else "half"
         yield (
@@ -176,7 +208,8 @@ def _heads(stage: Any, model: Transformer, reference: Mapping[str, Tensor]) -> I
                     mixed(base=base),
                 )
         yield "the reference turns nothing", mixed(rotary=False)
-        yield "the reference does not scale its rotary positions, ours does", mixed(scaling="none")
+        if config.rope_scaling != "none":
+            yield "the reference does not scale its rotary positions, ours does", mixed(scaling="none")
         for form in (torch.bfloat16, torch.float16):
             yield f"the reference computes its rotary angles in {form}", mixed(form=form)
     if config.groups != config.heads:
@@ -190,7 +223,8 @@ def _heads(stage: Any, model: Transformer, reference: Mapping[str, Tensor]) -> I
     for scale, said in scales:
         yield f"the reference scales scores by {said}", mixed(scale=scale)
     yield "the reference is not causal", mixed(masked=False)
-    yield "the reference has no window, ours has", mixed(window=None)
+    if config.window is not None:
+        yield "the reference has no window, ours has", mixed(window=None)
 
 
 def _pattern(mine: Tensor, theirs: Tensor) -> str:

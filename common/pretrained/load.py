@@ -5,20 +5,22 @@ headers. Then the model is built without storage and filled tensor by tensor, so
 and of the largest tensor. Only safetensors, GGUF and JSON are read; a pickle is refused, whatever its name.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
 import safetensors
 import torch
 from torch import Tensor
 
 from common.foundation.assets import asset, catalogue
 from common.foundation.files import read_json
-from common.foundation.gguf_file import GGUFFile
+from common.foundation.gguf_file import MOST_DIMENSIONS, GGUFFile
 from common.model.config import ModelConfig
+from common.model.positions import rope_frequencies
 from common.model.transformer import Transformer
 from common.pretrained.configs import config_from_gguf, config_from_hf
 from common.pretrained.names import GGUF_LLAMA, GGUF_QWEN3, Family, family_of, matched, renamed
@@ -28,9 +30,24 @@ from common.tokenization.protocol import Tokenizer
 from common.training.checkpoint import load_with_tokenizer
 
 NUMBER_FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+INDEX = "model.safetensors.index.json"
+HUB_FILES = ["config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "generation_config.json"]  # fmt: skip
 WRONG = (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError)  # what odd JSON does to honest code
+EXPERT = re.compile(r"(.*layers\.\d+)\.block_sparse_moe\.experts\.([0-9]{1,6})\.(w1|w2|w3)\.weight")
+# What a config says about the size of a model, in JSON and (without the name of the family) in GGUF. Other fields are
+# compared with what they may be; these are computed with.
+WHOLE = {"vocab_size", "n_positions", "n_layer", "n_embd", "n_head", "n_inner", "max_position_embeddings", "hidden_size",
+         "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
+         "intermediate_size", "num_local_experts", "num_experts_per_tok", "original_max_position_embeddings",
+         "context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count",
+         "attention.head_count_kv", "attention.key_length", "rope.dimension_count"}  # fmt: skip
+REAL = {"layer_norm_epsilon", "rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast",
+        "beta_slow", "partial_rotary_factor", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+        "rope.scaling.factor"}  # fmt: skip
+KINDS = {"tie_word_embeddings": bool, "attention_bias": bool, "mlp_bias": bool, "activation_function": str,
+         "rope_type": str, "type": str, "rope.scaling.type": str, "rope_parameters": dict, "rope_scaling": dict}  # fmt: skip
+LARGEST = 2**31 - 1
 
 
 class Pretrained(NamedTuple):
@@ -47,13 +64,15 @@ def load_pretrained(source: str | Path, *, dtype: torch.dtype | None = None, tok
     Args:
         source: "smollm2"; a GGUF file; a folder as Hugging Face writes it (GPT-2, Llama, Qwen3, Mistral, Mixtral); one of
             our runs, or a checkpoint in it; or a name on the Hugging Face hub, "owner/model", which is fetched.
-        dtype: of the weights in memory; None keeps the format of the file, and float32 where it is quantised.
+        dtype: of the weights in memory; None keeps that of the embedding in a folder, and is float32 for GGUF.
         tokenizer: False does without one: for files whose tokenizer we cannot read.
     Raises:
         FileNotFoundError: nothing there.
         AssetUnavailable: "smollm2" cannot be fetched.
         ValueError: what is there does not fit; names the file and the field or tensor. No partial model is ever returned.
     """
+    if dtype is not None and dtype not in NUMBER_FORMATS.values():
+        raise ValueError(f"dtype {dtype}: weights are kept as one of {', '.join(map(str, NUMBER_FORMATS.values()))}")
     name, path = str(source), Path(source)
     if name in catalogue() and not path.exists():
         path = asset(name)
@@ -63,7 +82,10 @@ def load_pretrained(source: str | Path, *, dtype: torch.dtype | None = None, tok
         path = _from_hub(name)
     for ours in (path, path / "model", path / "text"):
         if (ours / "checkpoint.json").exists():
-            model, words = load_with_tokenizer(ours)
+            try:
+                model, words = load_with_tokenizer(ours)
+            except WRONG as error:
+                raise ValueError(f"{ours / 'checkpoint.json'} has no usable {error}") from error
             return Pretrained(model if dtype is None else model.to(dtype), words, None)
     return _from_folder(path, dtype, tokenizer)
 
@@ -86,27 +108,72 @@ def _from_hub(name: str) -> Path:
 class Shards(Mapping[str, Tensor]):
     """The tensors of the safetensors files of a folder, each read when it is asked for.
 
+    Mixtral's experts, each a tensor in the files, are one tensor for all experts of a layer, as transformers has them.
+
     Attributes:
-        shapes: of all of them, from the headers.
+        shapes, formats: of all of them, from the headers.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.shapes, self._file = folder, {}, {}
         self.formats: dict[str, str] = {}
-        for path in _weight_files(folder):
+        listed = _weight_map(folder)
+        for path in _weight_files(folder, listed):
             try:
                 with safetensors.safe_open(path, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118, it is no mapping
                         if name in self.shapes:
                             raise ValueError(f"{path}: {name} is in {self._file[name].name} as well")
                         part = opened.get_slice(name)
-                        self.shapes[name], self._file[name] = tuple(part.get_shape()), path
+                        shape = tuple(part.get_shape())
+                        if len(shape) > MOST_DIMENSIONS or 0 in shape:
+                            raise ValueError(f"{path}: {name} has the shape {reprlib.repr(shape)}")
+                        self.shapes[name], self._file[name] = shape, path
                         self.formats[name] = part.get_dtype()
             except (safetensors.SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read as safetensors: {error}. Fetch it again.") from error
-        _check_index(folder, set(self.shapes))
+        if odd := sorted(set(listed or self.shapes) ^ set(self.shapes)):
+            raise ValueError(
+                f"{folder / INDEX} and the files beside it disagree about {len(odd)} tensors, such as {odd[0]}"
+            )
+        self._parts: dict[str, list[str]] = {}
+        self._stack_experts()
+
+    def _stack_experts(self) -> None:
+        """A set of experts that is not whole stays as it is, to be named as left over."""
+        found: dict[str, dict[tuple[int, str], str]] = {}
+        for name in self.shapes:
+            if match := EXPERT.fullmatch(name):
+                found.setdefault(match[1], {})[int(match[2]), match[3]] = name
+        for layer, names in found.items():
+            count, router = len(names) // 3, f"{layer}.block_sparse_moe.gate.weight"
+            made = {
+                f"{layer}.mlp.experts.gate_up_proj": [(e, kind) for e in range(count) for kind in ("w1", "w3")],
+                f"{layer}.mlp.experts.down_proj": [(e, "w2") for e in range(count)],
+            }
+            for stack, places in made.items():
+                parts = [names.get(place, "") for place in places]
+                shapes = {self.shapes.get(part, ()) for part in parts}
+                if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and stack not in self.shapes:
+                    self._join(stack, parts, (count, len(parts) // count * shape[0], shape[1]))
+            if router in self.shapes and f"{layer}.mlp.gate.weight" not in self.shapes:
+                self._join(f"{layer}.mlp.gate.weight", [router], self.shapes[router])
+
+    def _join(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        self._parts[name], self.shapes[name], self.formats[name] = parts, shape, self.formats[parts[0]]
+        for part in parts:
+            del self.shapes[part]
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return self._read(name)
+        parts, dtype = self._parts[name], NUMBER_FORMATS[self.formats[name]]
+        made = torch.empty(self.shapes[name], dtype=dtype)
+        for place, part in zip(made.view(len(parts), -1), parts, strict=True):
+            place.copy_(self._read(part).flatten())
+        return made
+
+    def _read(self, name: str) -> Tensor:
         """Opened anew each time: what has been read of a mapped file would stay in memory until it is closed."""
         with safetensors.safe_open(self._file[name], framework="pt") as opened:
             return opened.get_tensor(name)
@@ -118,21 +185,26 @@ class Shards(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists() and not index.exists():
-        return [single]
-    if index.exists():
-        names = sorted(set(_json_object(index).get("weight_map", {}).values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{index} names {name!r}: only safetensors files beside it are read")
-            if not (folder / name).exists():
-                raise FileNotFoundError(
-                    f"{folder / name} is missing, which {index.name} names. Fetch the folder again."
-                )
-        if names:
-            return [folder / name for name in names]
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, of a folder with an index."""
+    if not (folder / INDEX).exists():
+        return None
+    found = _json_object(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    for name in found.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{folder / INDEX} names {name!r}: only safetensors files beside it are read")
+    return found
+
+
+def _weight_files(folder: Path, listed: dict[str, str] | None) -> list[Path]:
+    paths = [folder / name for name in sorted(set(listed.values()))] if listed else [folder / "model.safetensors"]
+    for path in paths:
+        if not path.exists() and listed:
+            raise FileNotFoundError(f"{path} is missing, which {INDEX} names. Fetch the folder again.")
+    if paths[0].exists():
+        return paths
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     said = (
         ""
@@ -142,21 +214,12 @@ def _weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no model.safetensors{said}")
 
 
-def _check_index(folder: Path, found: set[str]) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listed = set(_json_object(index)["weight_map"])
-        if listed != found:
-            odd = sorted(listed ^ found)
-            raise ValueError(f"{index} and the files beside it disagree about {len(odd)} tensors, such as {odd[0]}")
-
-
 def _json_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a folder with a model?")
     try:
         found = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # syntax, encoding, numbers of 5,000 digits, brackets without end
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not an object")
@@ -167,33 +230,34 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, wants_tokenizer: bool)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}")
     described = _json_object(folder / "config.json")
-    try:
-        config = config_from_hf(described)
-    except (ValueError, *WRONG) as error:
-        what = f"it has no usable {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{folder / 'config.json'}: {what}") from error
+    config = _config(described, "", config_from_hf, str(folder / "config.json"))
     theirs = Shards(folder)
-    odd = [f"{name} ({form})" for name, form in theirs.formats.items() if form not in NUMBER_FORMATS]
+    odd = [name for name, form in theirs.formats.items() if form not in NUMBER_FORMATS]
     family = family_of(config)
-    if odd and not all(family.buffers.search(name.split(" ")[0]) for name in odd):
-        raise ValueError(f"{folder}: {odd[0]} is not in {', '.join(NUMBER_FORMATS)}; quantised folders are not read")
-    kept = dtype or NUMBER_FORMATS[theirs.formats[next(iter(sorted(theirs.shapes)))]]
-    model = _filled(config, theirs, theirs.shapes, family, kept, str(folder))
+    if odd := [name for name in odd if not family.buffers.search(name)]:
+        raise ValueError(
+            f"{folder}: {odd[0]} ({theirs.formats[odd[0]]}) is not in {', '.join(NUMBER_FORMATS)}; "
+            "quantised folders are not read"
+        )
     words = folder / "tokenizer.json"
-    made = from_hf_json(words) if wants_tokenizer and words.exists() else None
-    _check_vocabulary(model, made, str(folder))
-    return Pretrained(model, made, _template_of(folder))
+    made = _tokenizer(lambda: from_hf_json(words), config, str(words)) if wants_tokenizer and words.exists() else None
+    template = _template_of(folder)
+    return Pretrained(_filled(config, theirs, family, dtype, str(folder)), made, template)
 
 
 def _template_of(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if (folder / "tokenizer_config.json").exists():
-        found = _json_object(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = next((one.get("template") for one in found if one.get("name") == "default"), None)
-        return found
-    return None
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text: {error}") from error
+    path = folder / "tokenizer_config.json"
+    found = _json_object(path).get("chat_template") if path.exists() else None
+    if isinstance(found, list):  # several, by name
+        by_name = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+        found = by_name.get("default")
+    return _text(found, f"{path}: chat_template")
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -204,9 +268,10 @@ class Dequantised(Mapping[str, Tensor]):
 
     def __init__(self, file: GGUFFile) -> None:
         self._of, self.shapes = file, {name: stored.shape for name, stored in file.tensors.items()}
+        self.formats = dict.fromkeys(self.shapes, "F32")
 
     def __getitem__(self, name: str) -> Tensor:
-        return torch.from_numpy(self._of.array(name).copy())
+        return torch.from_numpy(self._of.array(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -222,43 +287,96 @@ def _from_gguf(path: Path, dtype: torch.dtype | None, wants_tokenizer: bool) -> 
                 f"{path} is not a GGUF file: give one, or the folder in which the weights and config.json are"
             )
     file = GGUFFile(path)
-    embedding = file.tensors.get("token_embd.weight")
+    embedding, kind = file.tensors.get("token_embd.weight"), file.metadata.get("general.architecture")
     if embedding is None:
         raise ValueError(f"{path} has no token_embd.weight: it is not a language model")
-    try:
-        tied = "output.weight" not in file.tensors
-        config = config_from_gguf(file.metadata, vocab_size=embedding.shape[0], tied=tied)
-    except (ValueError, *WRONG) as error:
-        raise ValueError(f"{path}: {error}") from error
-    family = GGUF_LLAMA if file.metadata["general.architecture"] == "llama" else GGUF_QWEN3
-    theirs = Dequantised(file)
-    model = _filled(config, theirs, theirs.shapes, family, dtype or torch.float32, str(path))
-    words = tokenizer_of_metadata(file.metadata, str(path)) if wants_tokenizer else None
-    _check_vocabulary(model, words, str(path))
-    return Pretrained(model, words, file.metadata.get("tokenizer.chat_template"))
+    tied = "output.weight" not in file.tensors
+    config = _config(
+        file.metadata,
+        f"{kind}.",
+        lambda found: config_from_gguf(found, vocab_size=embedding.shape[0], tied=tied),
+        str(path),
+    )
+    words = None
+    if wants_tokenizer:
+        words = _tokenizer(lambda: tokenizer_of_metadata(file.metadata, str(path)), config, str(path))
+    template = _text(file.metadata.get("tokenizer.chat_template"), f"{path}: tokenizer.chat_template")
+    family = GGUF_LLAMA if kind == "llama" else GGUF_QWEN3
+    return Pretrained(_filled(config, Dequantised(file), family, dtype, str(path)), words, template)
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
+def _config(
+    described: Mapping[str, Any], prefix: str, read: Callable[[Mapping[str, Any]], ModelConfig], where: str
+) -> ModelConfig:
+    """Our config, or ValueError that names the file and, as far as it can be known, the field."""
+    # What is null is not given; but Mistral's window is 4,096 where it is not given, and none where it is null.
+    given = {key: value for key, value in described.items() if value is not None or key == "sliding_window"}
+    try:
+        _check_fields(given, prefix)
+        return read(given)
+    except (ValueError, *WRONG) as error:
+        what = f"it has no usable {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{where}: {what}") from error
+
+
+def _check_fields(given: Mapping[str, Any], prefix: str = "") -> None:
+    for key, value in given.items():
+        name, kind = key.removeprefix(prefix), type(value)
+        if value is None:
+            continue
+        if name in WHOLE and not (kind is int and 1 <= value <= LARGEST):
+            raise ValueError(f"{key} is {reprlib.repr(value)}, not a whole number from 1 to {LARGEST:,}")
+        if name in REAL and not (kind in (int, float) and 0 <= value <= 1e30):
+            raise ValueError(f"{key} is {reprlib.repr(value)}, not a number from 0 to 1e30")
+        if name in KINDS and kind is not KINDS[name]:
+            raise ValueError(f"{key} is {reprlib.repr(value)}, not a {KINDS[name].__name__}")
+        if KINDS.get(name) is dict:
+            _check_fields(value)
+
+
+def _tokenizer(read: Callable[[], BPETokenizer], config: ModelConfig, where: str) -> BPETokenizer:
+    try:
+        made = read()
+    except (RecursionError, regex.error, *WRONG) as error:
+        raise ValueError(f"{where}: no readable tokenizer: {error}") from error
+    odd = [i for i in (*made.tokens, *made.specials.values()) if type(i) is not int or i < 0]
+    odd += [name for name in made.specials if not isinstance(name, str)]
+    if odd:
+        raise ValueError(f"{where}: the tokenizer has the id or special token {odd[0]!r}")
+    if made.vocab_size > config.vocab_size:  # fewer is usual: rows that fill up
+        raise ValueError(
+            f"{where}: the tokenizer makes {made.vocab_size} ids, the model has rows for {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return made
+
+
+def _text(found: Any, where: str) -> str | None:
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{where} is {reprlib.repr(found)}, not a text")
+    return found
+
+
 def _filled(
-    config: ModelConfig,
-    theirs: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    family: Family,
-    dtype: torch.dtype,
-    where: str,
+    config: ModelConfig, theirs: Shards | Dequantised, family: Family, dtype: torch.dtype | None, where: str
 ) -> Transformer:
     """The model with every parameter from `theirs`, or ValueError."""
     try:
-        names = matched(config, shapes, family)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        names = matched(config, theirs.shapes, family)
+        if config.positions == "rope" and not bool(rope_frequencies(config)[0].isfinite().all()):
+            raise ValueError("the config gives rotary positions frequencies that are not finite")
+    except (ValueError, *WRONG) as error:
+        raise ValueError(f"{where}: {error}") from error
+    dtype = dtype or NUMBER_FORMATS[theirs.formats[names["embedding.weight"]]]
     with torch.device("meta"):
         model = Transformer(config)
-    state = {}
+    # All of it first: between the weights, what is read would leave holes that nothing fills. It takes memory when written.
+    state = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
     for name, tensor in renamed(theirs, names, family, config):
-        state[name] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)  # ours, and nobody's view
+        state[name].copy_(tensor)  # ours, and nobody's view
         del tensor
         if not bool(torch.isfinite(state[name].sum(dtype=torch.float32))) and not state[name].isfinite().all():
             raise ValueError(
@@ -270,11 +388,3 @@ def _filled(
     if config.tied:
         model.head.weight = model.embedding.weight  # one parameter again, not two with one storage
     return model.eval()
-
-
-def _check_vocabulary(model: Transformer, tokenizer: BPETokenizer | None, where: str) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:  # fewer is usual: rows that fill up
-        raise ValueError(
-            f"{where}: the tokenizer makes {tokenizer.vocab_size} ids, the model has rows for {model.vocab_size}: "
-            "they do not belong together"
-        )

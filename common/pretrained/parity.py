@@ -125,33 +125,35 @@ def parity_report(
         theirs, [(stage.theirs, stage) for stage in stages], lambda s, t, _: reference.update({s.name: _part(t, s)})
     ):
         their_logits = theirs(input_ids=ids).logits
-    mine: dict[str, Tensor] = {}
-    with _tapped(ours, [(stage.ours, stage) for stage in stages], lambda s, t, _: mine.update({s.name: _shaped(t, s)})):
+    free: dict[str, float] = {}
+
+    def compare(stage: Stage, tensor: Tensor, _: tuple) -> None:
+        free[stage.name] = _error(_shaped(tensor, stage), reference[stage.name])
+
+    with _tapped(ours, [(stage.ours, stage) for stage in stages], compare):
         our_logits = ours(ids).logits
-    free = {name: _error(mine[name], reference[name]) for name in mine}
-    forced: dict[str, tuple[Tensor, tuple]] = {}
+    forced: dict[str, float] = {}
+    kept: list[tuple[Stage, Tensor, tuple]] = []  # of the first that differs: for its cause
 
     def replace(stage: Stage, tensor: Tensor, inputs: tuple) -> Tensor:
-        forced[stage.name] = (_shaped(tensor, stage), inputs)
         other = reference[stage.name]
+        forced[stage.name] = _error(_shaped(tensor, stage), other)
+        if not forced[stage.name] <= tolerance and not kept:
+            kept.append((stage, _shaped(tensor, stage), inputs))
         return (other.transpose(1, 2) if stage.heads_first else other).to(tensor.dtype)
 
     with _tapped(ours, [(stage.ours, stage) for stage in stages], replace):
         ours(ids)
-    rows = [Row(s, _error(forced[s.name][0], reference[s.name]), free[s.name]) for s in stages if s.name in mine]
+    rows = [Row(stage, forced[stage.name], free[stage.name]) for stage in stages if stage.name in free]
     targets, mask = ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool)
     losses = tuple(
         float(language_model_loss(logits[:, :-1], targets, mask).mean) for logits in (our_logits, their_logits)
     )
-    found = Parity(
+    cause = likely_cause(kept[0][0], ours, kept[0][1], reference, kept[0][2], tolerance) if kept else ""
+    return Parity(
         rows, tolerance, float((our_logits - their_logits).abs().max()), losses,
-        float((our_logits.argmax(-1) == their_logits.argmax(-1)).float().mean()),
+        float((our_logits.argmax(-1) == their_logits.argmax(-1)).float().mean()), cause,
     )  # fmt: skip
-    if found.first is None:
-        return found
-    stage = found.first.stage
-    cause = likely_cause(stage, ours, forced[stage.name][0], reference, forced[stage.name][1], tolerance)
-    return Parity(rows, tolerance, found.logits, losses, found.agreement, cause)
 
 
 def stages_of(config: ModelConfig) -> list[Stage]:

@@ -170,7 +170,8 @@ class BPETokenizer:
                 f"vocab_size {vocab_size} is not between {256 + len(self.specials)} and {self.vocab_size}, "
                 "or ids are not in the order of the merges"
             )
-        return type(self)(tokens, merges, self.pattern, {name: len(tokens) + i for i, name in enumerate(self.specials)})
+        specials = {name: len(tokens) + i for i, name in enumerate(self.specials)}
+        return type(self)(tokens, merges, self.pattern, specials, self.rules)
 
     # --- encoding ---------------------------------------------------------------------------------------------------
 
@@ -225,10 +226,10 @@ class BPETokenizer:
 
     def _encode_word(self, word: str) -> list[int]:
         raw = word.encode("utf-8", errors="surrogateescape")
-        if self.lost:
-            raw = bytes(byte for byte in raw if byte not in self.lost)
         if raw in self._whole:
             return self._whole[raw]
+        if self.lost:
+            raw = bytes(byte for byte in raw if byte not in self.lost)
         if len(raw) > LONG_WORD:
             return self.merge_long([self._byte_ids[byte] for byte in raw])
         ids = self.merge_short([self._byte_ids[byte] for byte in raw])

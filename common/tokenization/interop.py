@@ -160,10 +160,14 @@ def from_hf_json(source: str | Path) -> BPETokenizer:
         normalizer = (found.get("normalizer") or {}).get("type")
         if normalizer not in (None, "NFC"):
             raise ValueError(f"it normalises text ({normalizer}), which loses something")
-        visible = tuple(token["content"] for token in found.get("added_tokens", []) if not token.get("special", True))
+        added = found.get("added_tokens") or []
+        for token, flag in itertools.product(added, ("single_word", "lstrip", "rstrip")):
+            if token.get(flag):
+                raise ValueError(f"its added token {token['content']!r} sets {flag}, which would give other ids")
+        visible = tuple(token["content"] for token in added if not token.get("special", True))
         rules = Rules(True, normalizer == "NFC", bool(model.get("ignore_merges")), visible)
         pattern = _hf_pattern(found["pre_tokenizer"])
-        specials = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+        specials = {token["content"]: token["id"] for token in added}
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return _from_vocabulary(model["vocab"], merges, pattern, specials, rules)
     except (KeyError, TypeError, json.JSONDecodeError, ValueError) as error:

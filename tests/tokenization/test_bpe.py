@@ -257,11 +257,11 @@ def test_ranks_that_cannot_be_merges_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalizer": {"type": "NFC"}}, "normalises text"),
+        ({"normalizer": {"type": "NFKC"}}, "normalises text"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizer is"),
         ({"model": {"type": "Unigram"}}, "not BPE"),
-        ({"model": {"type": "BPE", "ignore_merges": True}}, "ignore_merges"),
-        ({"added_tokens": [{"id": 999, "content": "x", "special": False}]}, "not special"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "byte_fallback"),
+        ({"added_tokens": [{"id": 999, "content": "x", "special": True, "lstrip": True}]}, "sets lstrip"),
         (
             {
                 "pre_tokenizer": {

@@ -1,7 +1,18 @@
 """Every probe, in the order of the kill matrix: for each month first what everybody looks at, then what finds the bug."""
 
 from common.diagnostics.core import Probe
-from common.diagnostics.probes import harness, models, modules, records, resuming, samplers, texts, tokens, training
+from common.diagnostics.probes import (
+    harness,
+    models,
+    modules,
+    records,
+    resuming,
+    samplers,
+    texts,
+    tokens,
+    training,
+    weights,
+)
 
 ALL: tuple[Probe, ...] = (
     texts.beats_unigram,
@@ -75,6 +86,16 @@ ALL: tuple[Probe, ...] = (
     resuming.strict_load,
     resuming.kill_during_save,
     resuming.finite_state,
+    weights.greedy_parity,
+    weights.logit_parity,
+    weights.long_range_parity,
+    weights.loads_or_refuses,
+    weights.every_tensor_counts,
+    weights.name_invariance,
+    weights.export_reload,
+    weights.dead_rows,
+    weights.context_agrees,
+    weights.template_parity,
 )
 
 
