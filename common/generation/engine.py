@@ -165,7 +165,7 @@ class Engine:
         cached = Cached(self.model, params.max_tokens, memory) if self.cached else None
         next_logits = cached or partial(recompute, self.model)
         for step in range(params.max_tokens):
-            logits = next_logits(rows)  # (B, V)
+            logits = next_logits(rows)[:, : self.tokenizer.vocab_size]  # (B, V); padded rows of the head are no tokens
             if memory is not None:
                 cached.remember()
             uniforms = torch.tensor([row.uniforms[step] for row in rows], dtype=torch.float64, device=logits.device)

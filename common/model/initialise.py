@@ -11,7 +11,10 @@ last matrix of a branch writes to the residual stream: 2 · layers of them add u
 2.3). Each parameter draws from a generator of its own, seeded by its name: leaving one part out changes no other.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -53,3 +56,18 @@ def initialise(
             parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(number))
         else:
             raise ValueError(f"no rule of the initialisation table covers {name} {tuple(parameter.shape)}")
+
+
+@contextlib.contextmanager
+def without_storage() -> Iterator[None]:
+    """Modules made here have names and shapes and no numbers: to count them, or to be given others.
+
+    torch's own initialisation is left out. There is nothing to draw, and on this device it would import a compiler first,
+    which takes over a second.
+    """
+    with (
+        torch.device("meta"),
+        patch.object(nn.Linear, "reset_parameters", lambda self: None),
+        patch.object(nn.Embedding, "reset_parameters", lambda self: None),
+    ):
+        yield

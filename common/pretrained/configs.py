@@ -73,7 +73,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
         heads=theirs["num_attention_heads"],
         key_value_heads=theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
         head_width=theirs.get("head_dim"),
-        attention_bias=theirs.get("attention_bias", False),
+        attention_bias=theirs.get("attention_bias", False) and kind in ("llama", "qwen3"),  # the others never have any
         qk_norm=kind == "qwen3",
         window=window if kind in ("mistral", "mixtral") else None,
         rope_base=rope["rope_theta"],
@@ -86,7 +86,7 @@ def config_from_hf(theirs: Mapping[str, Any]) -> ModelConfig:
         yarn_slow=rope.get("beta_slow", 1.0),
         norm_epsilon=theirs["rms_norm_eps"],
         hidden_width=theirs["intermediate_size"],
-        mlp_bias=theirs.get("mlp_bias", False),
+        mlp_bias=theirs.get("mlp_bias", False) and kind == "llama",
         experts=theirs.get("num_local_experts", 0) if kind == "mixtral" else 0,
         experts_per_token=theirs.get("num_experts_per_tok", 2) if kind == "mixtral" else 2,
         tied=theirs.get("tie_word_embeddings", False),
@@ -224,7 +224,8 @@ def _llama_config(config: ModelConfig) -> dict[str, Any]:
     return made
 
 
-ONLY_IN_TRAINING = ("balance_loss", "z_loss", "init", "init_std", "dropout")
+# What does not decide the function, or is not lost: rows of Q and K are reordered when weights are written.
+WITHOUT_LOSS = ("balance_loss", "z_loss", "init", "init_std", "dropout", "rope_layout")
 
 
 def _shape_of(config: ModelConfig) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _shape_of(config: ModelConfig) -> dict[str, Any]:
     out = config.attention_bias if config.output_bias is None else config.output_bias
     made = dataclasses.asdict(config) | {"key_value_heads": config.groups, "head_width": config.d_head,
                                          "hidden_width": config.hidden, "output_bias": out}  # fmt: skip
-    unused = [*ONLY_IN_TRAINING]
+    unused = [*WITHOUT_LOSS]
     if config.positions != "rope":
         unused += [name for name in made if name.startswith(("rope_", "yarn_"))]
     if config.rope_scaling == "none":

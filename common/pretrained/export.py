@@ -9,12 +9,14 @@ chat_template.jinja                     where there is one
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from common.foundation.files import write_json
+from common.foundation.files import atomic_path, write_json
 from common.model.transformer import Transformer
 from common.pretrained.configs import config_to_hf
 from common.pretrained.load import Pretrained, load_pretrained
@@ -23,7 +25,7 @@ from common.tokenization.bpe import BPETokenizer
 from common.tokenization.byte import ByteTokenizer
 from common.tokenization.interop import to_hf_json
 from common.tokenization.patterns import GPT2_PATTERN
-from common.tokenization.protocol import PADDING, Tokenizer, document_end
+from common.tokenization.protocol import PADDING, TURN_ENDS, Tokenizer, document_end
 
 
 def export_hf(source: str | Path | Pretrained, folder: str | Path) -> Path:
@@ -49,16 +51,17 @@ def export_hf(source: str | Path | Pretrained, folder: str | Path) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         with torch.no_grad():
-            tensors = tensors_to_hf(dict(model.named_parameters()), model.config)
-        safetensors.torch.save_file(
-            {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
-            temporary / "model.safetensors", metadata={"format": "pt"},
-        )  # fmt: skip
+            tensors = _as_published(tensors_to_hf(dict(model.named_parameters()), model.config))
+        tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        with atomic_path(temporary / "model.safetensors") as weights:
+            safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
         described["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
         if tokenizer is not None:
             end = document_end(tokenizer)
             described |= {"bos_token_id": end, "eos_token_id": end}
-            write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+            turns = [tokenizer.specials[name] for name in TURN_ENDS if name in tokenizer.specials]
+            ends = end if template is None else turns  # a chat model ends where a turn ends, too
+            write_json(temporary / "generation_config.json", {"bos_token_id": end, "eos_token_id": ends})
             _write_tokenizer(temporary, tokenizer, model.context_length)
         write_json(temporary / "config.json", described)
         if template is not None:
@@ -70,6 +73,28 @@ def export_hf(source: str | Path | Pretrained, folder: str | Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _as_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Experts one by one, under the names that Mixtral was published with: what every reader knows.
+
+    transformers stacks them when it loads them.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition(".mlp.")
+        if part == "gate.weight":
+            found[f"{layer}.block_sparse_moe.gate.weight"] = tensor
+        elif part == "experts.down_proj":
+            found |= {f"{layer}.block_sparse_moe.experts.{e}.w2.weight": one for e, one in enumerate(tensor)}
+        elif part == "experts.gate_up_proj":
+            for e, one in enumerate(tensor):
+                gate, up = one.chunk(2)
+                found[f"{layer}.block_sparse_moe.experts.{e}.w1.weight"] = gate
+                found[f"{layer}.block_sparse_moe.experts.{e}.w3.weight"] = up
+        else:
+            found[name] = tensor
+    return found
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:

@@ -5,36 +5,33 @@ headers. Then the model is built without storage and filled tensor by tensor, so
 and of the largest tensor. Only safetensors, GGUF and JSON are read; a pickle is refused, whatever its name.
 """
 
+import json
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import regex
-import safetensors
 import torch
-from torch import Tensor
 
 from common.foundation.assets import asset, catalogue
-from common.foundation.files import read_json
-from common.foundation.gguf_file import MOST_DIMENSIONS, GGUFFile
+from common.foundation.gguf_file import GGUFFile
 from common.model.config import ModelConfig
+from common.model.initialise import without_storage
 from common.model.positions import rope_frequencies
 from common.model.transformer import Transformer
 from common.pretrained.configs import config_from_gguf, config_from_hf
 from common.pretrained.names import GGUF_LLAMA, GGUF_QWEN3, Family, family_of, matched, renamed
+from common.pretrained.stored import INDEX, NUMBER_FORMATS, Dequantised, Shards, json_object
 from common.tokenization.bpe import BPETokenizer
 from common.tokenization.interop import from_hf_json, tokenizer_of_metadata
 from common.tokenization.protocol import Tokenizer
 from common.training.checkpoint import load_with_tokenizer
 
-NUMBER_FORMATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-INDEX = "model.safetensors.index.json"
 HUB_FILES = ["config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "generation_config.json"]  # fmt: skip
 WRONG = (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError)  # what odd JSON does to honest code
-EXPERT = re.compile(r"(.*layers\.\d+)\.block_sparse_moe\.experts\.([0-9]{1,6})\.(w1|w2|w3)\.weight")
 # What a config says about the size of a model, in JSON and (without the name of the family) in GGUF. Other fields are
 # compared with what they may be; these are computed with.
 WHOLE = {"vocab_size", "n_positions", "n_layer", "n_embd", "n_head", "n_inner", "max_position_embeddings", "hidden_size",
@@ -105,135 +102,13 @@ def _from_hub(name: str) -> Path:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-class Shards(Mapping[str, Tensor]):
-    """The tensors of the safetensors files of a folder, each read when it is asked for.
-
-    Mixtral's experts, each a tensor in the files, are one tensor for all experts of a layer, as transformers has them.
-
-    Attributes:
-        shapes, formats: of all of them, from the headers.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.shapes, self._file = folder, {}, {}
-        self.formats: dict[str, str] = {}
-        listed = _weight_map(folder)
-        for path in _weight_files(folder, listed):
-            try:
-                with safetensors.safe_open(path, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118, it is no mapping
-                        if name in self.shapes:
-                            raise ValueError(f"{path}: {name} is in {self._file[name].name} as well")
-                        part = opened.get_slice(name)
-                        shape = tuple(part.get_shape())
-                        if len(shape) > MOST_DIMENSIONS or 0 in shape:
-                            raise ValueError(f"{path}: {name} has the shape {reprlib.repr(shape)}")
-                        self.shapes[name], self._file[name] = shape, path
-                        self.formats[name] = part.get_dtype()
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as safetensors: {error}. Fetch it again.") from error
-        if odd := sorted(set(listed or self.shapes) ^ set(self.shapes)):
-            raise ValueError(
-                f"{folder / INDEX} and the files beside it disagree about {len(odd)} tensors, such as {odd[0]}"
-            )
-        self._parts: dict[str, list[str]] = {}
-        self._stack_experts()
-
-    def _stack_experts(self) -> None:
-        """A set of experts that is not whole stays as it is, to be named as left over."""
-        found: dict[str, dict[tuple[int, str], str]] = {}
-        for name in self.shapes:
-            if match := EXPERT.fullmatch(name):
-                found.setdefault(match[1], {})[int(match[2]), match[3]] = name
-        for layer, names in found.items():
-            count, router = len(names) // 3, f"{layer}.block_sparse_moe.gate.weight"
-            made = {
-                f"{layer}.mlp.experts.gate_up_proj": [(e, kind) for e in range(count) for kind in ("w1", "w3")],
-                f"{layer}.mlp.experts.down_proj": [(e, "w2") for e in range(count)],
-            }
-            for stack, places in made.items():
-                parts = [names.get(place, "") for place in places]
-                shapes = {self.shapes.get(part, ()) for part in parts}
-                if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and stack not in self.shapes:
-                    self._join(stack, parts, (count, len(parts) // count * shape[0], shape[1]))
-            if router in self.shapes and f"{layer}.mlp.gate.weight" not in self.shapes:
-                self._join(f"{layer}.mlp.gate.weight", [router], self.shapes[router])
-
-    def _join(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
-        self._parts[name], self.shapes[name], self.formats[name] = parts, shape, self.formats[parts[0]]
-        for part in parts:
-            del self.shapes[part]
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._parts:
-            return self._read(name)
-        parts, dtype = self._parts[name], NUMBER_FORMATS[self.formats[name]]
-        made = torch.empty(self.shapes[name], dtype=dtype)
-        for place, part in zip(made.view(len(parts), -1), parts, strict=True):
-            place.copy_(self._read(part).flatten())
-        return made
-
-    def _read(self, name: str) -> Tensor:
-        """Opened anew each time: what has been read of a mapped file would stay in memory until it is closed."""
-        with safetensors.safe_open(self._file[name], framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor -> file, of a folder with an index."""
-    if not (folder / INDEX).exists():
-        return None
-    found = _json_object(folder / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise ValueError(f"{folder / INDEX} has no weight_map")
-    for name in found.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX} names {name!r}: only safetensors files beside it are read")
-    return found
-
-
-def _weight_files(folder: Path, listed: dict[str, str] | None) -> list[Path]:
-    paths = [folder / name for name in sorted(set(listed.values()))] if listed else [folder / "model.safetensors"]
-    for path in paths:
-        if not path.exists() and listed:
-            raise FileNotFoundError(f"{path} is missing, which {INDEX} names. Fetch the folder again.")
-    if paths[0].exists():
-        return paths
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    said = (
-        ""
-        if not pickles
-        else (f": it has {pickles[0]}, a pickle, which may run any code when it is read. Convert it where you trust it")
-    )
-    raise FileNotFoundError(f"{folder} has no model.safetensors{said}")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: is it a folder with a model?")
-    try:
-        found = read_json(path)
-    except (ValueError, RecursionError) as error:  # syntax, encoding, numbers of 5,000 digits, brackets without end
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not an object")
-    return found
-
-
 def _from_folder(folder: Path, dtype: torch.dtype | None, wants_tokenizer: bool) -> Pretrained:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no {folder}")
-    described = _json_object(folder / "config.json")
+    described = json_object(folder / "config.json")
     config = _config(described, "", config_from_hf, str(folder / "config.json"))
-    theirs = Shards(folder)
+    theirs, family = Shards(folder), family_of(config)
     odd = [name for name, form in theirs.formats.items() if form not in NUMBER_FORMATS]
-    family = family_of(config)
     if odd := [name for name in odd if not family.buffers.search(name)]:
         raise ValueError(
             f"{folder}: {odd[0]} ({theirs.formats[odd[0]]}) is not in {', '.join(NUMBER_FORMATS)}; "
@@ -241,7 +116,7 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, wants_tokenizer: bool)
         )
     words = folder / "tokenizer.json"
     made = _tokenizer(lambda: from_hf_json(words), config, str(words)) if wants_tokenizer and words.exists() else None
-    template = _template_of(folder)
+    template = _with_tokens(_template_of(folder), folder)
     return Pretrained(_filled(config, theirs, family, dtype, str(folder)), made, template)
 
 
@@ -253,31 +128,26 @@ def _template_of(folder: Path) -> str | None:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not text: {error}") from error
     path = folder / "tokenizer_config.json"
-    found = _json_object(path).get("chat_template") if path.exists() else None
+    found = json_object(path).get("chat_template") if path.exists() else None
     if isinstance(found, list):  # several, by name
         by_name = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
         found = by_name.get("default")
     return _text(found, f"{path}: chat_template")
 
 
+def _with_tokens(template: str | None, folder: Path) -> str | None:
+    """The template with the special tokens that it asks for (bos_token, ...) set at its beginning: it stands by itself."""
+    path = folder / "tokenizer_config.json"
+    if template is None or not path.exists():
+        return template
+    described, values = json_object(path), {}
+    for name in re.findall(r"\b(?:bos|eos|pad|unk)_token\b", template):
+        value = described.get(name)
+        values[name] = value.get("content") if isinstance(value, dict) else value
+    return "".join(f"{{% set {n} = {json.dumps(v)} %}}" for n, v in values.items() if isinstance(v, str)) + template
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------------
-
-
-class Dequantised(Mapping[str, Tensor]):
-    """The tensors of a GGUF file, each computed when it is asked for."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self._of, self.shapes = file, {name: stored.shape for name, stored in file.tensors.items()}
-        self.formats = dict.fromkeys(self.shapes, "F32")
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.from_numpy(self._of.array(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def _from_gguf(path: Path, dtype: torch.dtype | None, wants_tokenizer: bool) -> Pretrained:
@@ -360,18 +230,25 @@ def _text(found: Any, where: str) -> str | None:
     return found
 
 
+def _turns(config: ModelConfig) -> bool:
+    try:
+        return bool(rope_frequencies(config)[0].isfinite().all())
+    except (ValueError, ArithmeticError):  # logarithms and quotients of zero
+        return False
+
+
 def _filled(
     config: ModelConfig, theirs: Shards | Dequantised, family: Family, dtype: torch.dtype | None, where: str
 ) -> Transformer:
     """The model with every parameter from `theirs`, or ValueError."""
     try:
         names = matched(config, theirs.shapes, family)
-        if config.positions == "rope" and not bool(rope_frequencies(config)[0].isfinite().all()):
-            raise ValueError("the config gives rotary positions frequencies that are not finite")
+        if config.positions == "rope" and not _turns(config):
+            raise ValueError("the rope parameters of the config give no finite frequencies")
     except (ValueError, *WRONG) as error:
         raise ValueError(f"{where}: {error}") from error
     dtype = dtype or NUMBER_FORMATS[theirs.formats[names["embedding.weight"]]]
-    with torch.device("meta"):
+    with without_storage():
         model = Transformer(config)
     # All of it first: between the weights, what is read would leave holes that nothing fills. It takes memory when written.
     state = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
@@ -383,6 +260,8 @@ def _filled(
                 f"{where}: {names[name]} holds infinities or NaN{' in ' + str(dtype) if dtype.itemsize < 4 else ''}"
             )
     if config.tied:
+        if family.head in theirs.shapes and not torch.equal(theirs[family.head].to(dtype), state["embedding.weight"]):
+            raise ValueError(f"{where}: the config ties the head to the embedding, and {family.head} is another matrix")
         state["head.weight"] = state["embedding.weight"]
     model.load_state_dict(state, assign=True)
     if config.tied:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.model.config import ModelConfig
+from common.model.initialise import without_storage
 from common.model.positions import to_half_layout
 from common.model.transformer import Transformer
 from common.pretrained.configs import config_from_hf
@@ -117,8 +118,12 @@ def _from_interleaved(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 def rows_to_half(tensor: Tensor, heads: int) -> Tensor:
     """The rows (H·D, ...) of each head from the interleaved to the half layout."""
-    split = tensor.unflatten(0, (heads, -1)).movedim(1, -1)  # (H, ..., D)
-    return to_half_layout(split).movedim(-1, 1).flatten(0, 1)
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def rows_to_interleaved(tensor: Tensor, heads: int) -> Tensor:
+    """The way back."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 HF_GPT2 = Family(GPT2, _from_conv1d, re.compile(r"(^|\.)h\.\d+\.attn\.(bias|masked_bias)$"), "transformer.")
@@ -154,7 +159,7 @@ def matched(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], family: 
     if config.layers > len(shapes):  # said before a model of a million layers is built
         raise ValueError(f"the config says {config.layers} layers, and there are {len(shapes)} tensors")
     try:
-        with torch.device("meta"):
+        with without_storage():
             wanted = {name: tuple(p.shape) for name, p in Transformer(config).state_dict().items()}
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"no model has the size that the config says: {str(error).splitlines()[0]}") from None

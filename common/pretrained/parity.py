@@ -140,10 +140,16 @@ def parity_report(
         forced[stage.name] = _error(_shaped(tensor, stage), other)
         if not forced[stage.name] <= tolerance and not kept:
             kept.append((stage, _shaped(tensor, stage), inputs))
-        return (other.transpose(1, 2) if stage.heads_first else other).to(tensor.dtype)
+        if other.numel() != tensor.numel():  # nothing that could take its place
+            return tensor
+        return (other.transpose(1, 2) if stage.heads_first else other).reshape(tensor.shape).to(tensor.dtype)
 
     with _tapped(ours, [(stage.ours, stage) for stage in stages], replace):
-        ours(ids)
+        forced_logits = ours(ids).logits
+    # What is done to logits after the head, such as bending them, is a stage without a module.
+    stages.append(Stage("output", "output", "", ""))
+    free["output"], reference["output"] = _error(our_logits, their_logits), their_logits
+    replace(stages[-1], forced_logits, (reference["logits"],))
     rows = [Row(stage, forced[stage.name], free[stage.name]) for stage in stages if stage.name in free]
     targets, mask = ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool)
     losses = tuple(
@@ -162,6 +168,7 @@ def stages_of(config: ModelConfig) -> list[Stage]:
     found = [_stage("embedding", "embedding", "embedding", family)]
     if config.positions == "learned":
         found.append(_stage("positions", "embedding", "position_table", family))
+    found.append(_stage("start of the stream", "stream", "blocks.0.attention_norm", family, entry=True))
     for i in range(config.layers):
         block = f"blocks.{i}"
         found.append(_stage(f"layer {i}, attention norm", "norm", f"{block}.attention_norm", family))
@@ -174,6 +181,7 @@ def stages_of(config: ModelConfig) -> list[Stage]:
             )
         found.append(_stage(f"layer {i}, heads", "heads", f"{block}.attention.output", family, entry=True))
         found.append(_stage(f"layer {i}, attention", "attention", f"{block}.attention.output", family))
+        found.append(_stage(f"layer {i}, middle", "stream", f"{block}.mlp_norm", family, entry=True))
         found.append(_stage(f"layer {i}, MLP norm", "norm", f"{block}.mlp_norm", family))
         if not config.experts:
             found += [_stage(f"layer {i}, {kind}", kind, f"{block}.mlp.{kind}", family)

@@ -27,6 +27,7 @@ from common.generation.engine import Engine
 from common.generation.sampling import SamplingParams
 from common.model.config import ModelConfig
 from common.model.cost import flops_per_token
+from common.model.initialise import without_storage
 from common.model.ngram import NGram
 from common.model.output import LanguageModel
 from common.model.transformer import Transformer
@@ -278,7 +279,7 @@ def report(
 def plan(job: Pretraining, data: BaseData, device: Device, processes: int, share: float = 0.35) -> str:
     """What a training will take, before it starts. `share` is the part of the measured peak that is reached in practice."""
     shape, tokens = job.shape, len(data.ids)
-    with torch.device("meta"):  # counted without being there
+    with without_storage():  # counted without being there
         parameters = Transformer(shape).num_parameters()
     flops = 3 * flops_per_token(shape, shape.context_length) * tokens
     bytes_held = 16 * parameters  # fp32 weights, gradients, and at most two moments

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.model import transformer
+from common.model.initialise import without_storage
 from common.model.positions import rope_angles, to_half_layout
 from common.model.transformer import Transformer
 
@@ -28,7 +29,7 @@ class Mistake:
 
 def with_config(**changes: object) -> Callable[[Transformer], Transformer]:
     def make(model: Transformer) -> Transformer:
-        with torch.device("meta"):
+        with without_storage():
             made = Transformer(model.config.but(**changes))
         made.load_state_dict(model.state_dict(), assign=True)  # the same tensors: nothing is copied
         return made.eval()

@@ -213,7 +213,7 @@ def close_enough(there, here):
     return abs(a - b) <= max(0.05, 0.2 * abs(a))
 
 
-LONG = ("05_pretraining",)  # minutes to train: their own tests look at the rows of their tables
+LONG = ("05_pretraining", "06_baselines")  # minutes: their own tests look at the rows of their tables
 
 
 def test_the_numbers_in_the_readmes_are_those_of_a_run(tmp_path, monkeypatch):

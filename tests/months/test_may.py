@@ -23,13 +23,12 @@ def environment(runs):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tiny_year):
     """(runs folder, directory, summary) of the finished run at size tiny."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(COMMAND, env=environment(runs), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(COMMAND, env=environment(tiny_year), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
-    return runs, Path(summary["run"]), summary
+    return tiny_year, Path(summary["run"]), summary
 
 
 def test_the_script_is_short_and_its_sizes_are_complete():

@@ -1,7 +1,7 @@
 """What is measured or tried in a process of its own.
 
-    python -m tests.pretrained.apart memory FOLDER                 peak of memory while loading / size of the weights
-    python -m tests.pretrained.apart damage SOURCE COUNT SEED      COUNT copies of a checkpoint, each damaged at random
+    python -m tests.pretrained.apart memory FOLDER                   peak of memory while loading / size of the weights
+    python -m tests.pretrained.apart damage COUNT SEED SOURCE...     COUNT copies of each checkpoint, damaged at random
 
 Both print one line of JSON.
 """
@@ -31,7 +31,8 @@ from common.pretrained.configs import config_to_hf
 from common.pretrained.load import load_pretrained
 from common.pretrained.names import GGUF_LLAMA, tensors_to_hf, their_name
 
-SHAPE = ModelConfig(vocab_size=2048, layers=6, width=512, heads=8, hidden_width=1408, tied=False)
+LARGE = ModelConfig(vocab_size=2048, layers=6, width=512, heads=8, hidden_width=1408, tied=False)
+SMALL = LARGE.but(layers=1, width=64, hidden_width=96)
 
 
 def status(field):
@@ -40,20 +41,50 @@ def status(field):
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
+def finish(writer):
+    """What a GGUFWriter has been given goes to its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def memory(folder):
-    """Each load in a child, whose peak begins at what this process has."""
-    for name, config in (("small", SHAPE.but(layers=1, width=64, hidden_width=96)), ("large", SHAPE)):
-        write(folder / name, config)
-    for warm in (folder / "small", *sorted((folder / "small").glob("*.gguf"))):
-        load_pretrained(warm, tokenizer=False)  # what is imported and set up once is no part of the measure
+    """Each load in a child, so that none uses what another has freed."""
+    in_a_child(write, folder / "small", SMALL)
+    in_a_child(write, folder / "large", LARGE)
+    found = {name: in_a_child(peak, folder, name) for name in ("", "F32.gguf", "Q8_0.gguf")}
+    shutil.rmtree(folder / "large")
+    print(json.dumps({name or "folder": ratio for name, ratio in found.items()}))
+
+
+def in_a_child(work, *args):
+    """What `work` returns there."""
+    reader, writer = os.pipe()
+    if not os.fork():
+        try:
+            os.write(writer, json.dumps(work(*args)).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        found = json.loads(answer.read())
+    os.wait()
+    return found
+
+
+def peak(folder, name):
+    for _ in range(2):  # what is set up or mapped once is no part of the measure
+        load_pretrained(folder / "small" / name, tokenizer=False)
     gc.collect()
-    large = folder / "large"
-    print(json.dumps({name: peak(path) for name, path in (
-        ("folder", large), ("F32.gguf", large / "F32.gguf"), ("Q8_0.gguf", large / "Q8_0.gguf")
-    )}))  # fmt: skip
+    before = status("VmRSS")
+    model = load_pretrained(folder / "large" / name, tokenizer=False).model
+    return (status("VmHWM") - before) / (4 * model.num_parameters())
 
 
 def write(folder, config):
@@ -74,25 +105,7 @@ def write(folder, config):
         for name, weight in weights.items():
             form = gguf.GGMLQuantizationType[kind if weight.ndim > 1 else "F32"]
             writer.add_tensor(their_name(name, GGUF_LLAMA), gguf.quants.quantize(weight.numpy(), form), raw_dtype=form)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def peak(path):
-    reader, writer = os.pipe()
-    if not os.fork():
-        before = status("VmRSS")
-        model = load_pretrained(path, tokenizer=False).model
-        grown = status("VmHWM") - before
-        os.write(writer, json.dumps(grown / (4 * model.num_parameters())).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as answer:
-        found = json.loads(answer.read())
-    os.wait()
-    return found
+        finish(writer)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -107,46 +120,55 @@ class TooLong(BaseException):
     """No part of the library catches it."""
 
 
-def damage(source, count, seed):
+def damage(count, seed, sources):
     """What became of the copies; `failures` has those that neither were refused nor gave a whole model."""
-    load_pretrained(source)
+    for source in sources:
+        load_pretrained(source)
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + ROOM, resource.RLIM_INFINITY))
 
     def ring(*_):
         raise TooLong
 
     signal.signal(signal.SIGALRM, ring)
-    rng, found = random.Random(seed), {"refused": 0, "loaded": 0, "slowest": 0.0, "failures": []}
-    for number in range(count):
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / source.name
-            shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
-            parts = (
-                sorted(path for path in copy.iterdir() if path.name != "generation_config.json")
-                if source.is_dir()
-                else [copy]
-            )
-            done = []
-            for _ in range(rng.choice([1, 1, 2])):
-                path = rng.choice(parts)
-                raw, what = damaged(path.read_bytes(), path, rng)
-                path.write_bytes(raw)
-                done.append(f"{path.name}: {what}")
-            start = time.perf_counter()
-            signal.alarm(SECONDS)
-            try:
-                check(load_pretrained(copy))
-                found["loaded"] += 1
-            except (ValueError, FileNotFoundError) as error:
-                found["refused"] += 1
-                if folder not in str(error):
-                    found["failures"].append([number, done, f"does not name the file: {error!r}"])
-            except BaseException:
-                found["failures"].append([number, done, traceback.format_exc()[-1500:]])
-            finally:
-                signal.alarm(0)
-            found["slowest"] = max(found["slowest"], time.perf_counter() - start)
+    found = {}
+    for source in sources:
+        rng, told = random.Random(seed), {"refused": 0, "loaded": 0, "slowest": 0.0, "failures": []}
+        for _ in range(count):
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(folder) / source.name
+                shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+                done = [damaged_part(copy, rng) for _ in range(rng.choice([1, 1, 2]))]
+                try_to_load(copy, done, told)
+        found[source.name] = told
     print(json.dumps(found))
+
+
+def damaged_part(copy, rng):
+    """What was done to which file."""
+    parts = (
+        sorted(path for path in copy.iterdir() if path.name != "generation_config.json") if copy.is_dir() else [copy]
+    )
+    path = rng.choice(parts)
+    raw, what = damaged(path.read_bytes(), path.suffix, rng)
+    path.write_bytes(raw)
+    return f"{path.name}: {what}"
+
+
+def try_to_load(copy, done, told):
+    start = time.perf_counter()
+    signal.alarm(SECONDS)
+    try:
+        check(load_pretrained(copy))
+        told["loaded"] += 1
+    except (ValueError, FileNotFoundError) as error:
+        told["refused"] += 1
+        if str(copy) not in str(error):
+            told["failures"].append([done, f"does not name the file: {error!r}"])
+    except BaseException:
+        told["failures"].append([done, traceback.format_exc()[-1500:]])
+    finally:
+        signal.alarm(0)
+    told["slowest"] = max(told["slowest"], time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -168,29 +190,33 @@ def check(found):
         raise AssertionError(f"the chat template is {template!r}")
 
 
-def damaged(raw, path, rng):
+def damaged(raw, suffix, rng):
     """(other bytes, what was done to them)."""
-    head = header_of(raw, path.suffix)
+    if len(raw) < 100:  # little is left of an earlier cut
+        return raw, "nothing"
+    head = header_of(raw, suffix)
     kinds = [flip, flip, cut, extend, double, extreme, extreme]
-    kinds += {".json": [odd_json] * 7, ".safetensors": [odd_header] * 5, ".gguf": [odd_entry] * 5}.get(path.suffix, [])
+    kinds += {".json": [odd_json] * 7, ".safetensors": [odd_header] * 5, ".gguf": [odd_entry] * 5}.get(suffix, [])
     kind = rng.choice(kinds)
     return kind(bytearray(raw), head if rng.random() < 0.8 else len(raw), rng), kind.__name__
 
 
 def header_of(raw, suffix):
     if suffix == ".safetensors":
-        return 8 + struct.unpack("<Q", raw[:8])[0]
-    return max(raw.rfind(b"output_norm"), raw.rfind(b"blk.1.")) + 64 if suffix == ".gguf" else len(raw)
+        return min(8 + struct.unpack("<Q", raw[:8])[0], len(raw))
+    if suffix == ".gguf":
+        return min(max(raw.rfind(b"output_norm"), raw.rfind(b"blk.1.")) + 64, len(raw))
+    return len(raw)
 
 
 def flip(raw, head, rng):
     for _ in range(rng.choice([1, 1, 3, 30])):
-        raw[rng.randrange(min(head, len(raw)))] = rng.randrange(256)
+        raw[rng.randrange(head)] = rng.randrange(256)
     return bytes(raw)
 
 
 def cut(raw, head, rng):
-    return bytes(raw[: rng.randrange(min(head, len(raw)))])
+    return bytes(raw[: rng.randrange(head)])
 
 
 def extend(raw, head, rng):
@@ -198,12 +224,12 @@ def extend(raw, head, rng):
 
 
 def double(raw, head, rng):
-    start = rng.randrange(min(head, len(raw)))
+    start = rng.randrange(head)
     return bytes(raw[: start + rng.randrange(1, 400)] + raw[start:])
 
 
 def extreme(raw, head, rng):
-    start = rng.randrange(max(1, min(head, len(raw)) - 8))
+    start = rng.randrange(head - 8)
     raw[start : start + 8] = struct.pack("<Q", rng.choice(EXTREMES))
     return bytes(raw)
 
@@ -211,7 +237,7 @@ def extreme(raw, head, rng):
 def odd_entry(raw, head, rng):
     """Behind the name of an entry of a GGUF file: its type, or the beginning of its value, is another."""
     name = rng.choice(
-        re.findall(rb"(?:general|llama|tokenizer)\.[a-z_.]+|blk\.[a-z_.0-9]+|token_embd\.weight", bytes(raw))
+        re.findall(rb"(?:general|llama|qwen3|tokenizer)\.[a-z_.]+|blk\.[a-z_.0-9]+|token_embd\.weight", bytes(raw))
     )
     start = raw.find(name) + len(name) + rng.choice([0, 4, 8, 12, 20])
     new = struct.pack("<I", rng.randrange(14)) if rng.random() < 0.5 else struct.pack("<Q", rng.choice(EXTREMES))
@@ -250,4 +276,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "memory":
         memory(Path(sys.argv[2]))
     else:
-        damage(Path(sys.argv[2]), *map(int, sys.argv[3:]))
+        damage(int(sys.argv[2]), int(sys.argv[3]), [Path(source) for source in sys.argv[4:]])

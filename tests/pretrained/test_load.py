@@ -5,9 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import huggingface_hub
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,19 +13,20 @@ import transformers
 
 import common.pretrained.load
 from common.foundation.assets import AssetUnavailable
-from common.foundation.gguf_file import GGUFFile
 from common.model.config import ModelConfig
 from common.model.ngram import NGram
 from common.model.transformer import Transformer
 from common.pretrained.load import load_pretrained
 from common.pretrained.names import from_transformers
 from common.tokenization.byte import ByteTokenizer
+from common.tokenization.chat import render_chat
 from common.training.checkpoint import save_checkpoint
 from tests.pretrained.written import (
     FAMILIES,
     ROWS,
     TEMPLATE,
     ids_of,
+    rewrite,
     round_to,
     theirs_of,
     tokenizer_of,
@@ -227,6 +226,18 @@ def test_without_a_default_chat_template_there_is_none(tmp_path):
     assert load_pretrained(tmp_path).chat_template is None
 
 
+@pytest.mark.parametrize(
+    ("written", "window"), [({"sliding_window": 7}, 7), ({"sliding_window": None}, None), ({}, 4096)]
+)
+def test_mistrals_window_is_none_only_where_it_is_null(written, window, tmp_path):
+    saved(tmp_path, "mistral")
+    path = tmp_path / "config.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    del found["sliding_window"]
+    path.write_text(json.dumps(found | written), encoding="utf-8")
+    assert load_pretrained(tmp_path).model.config.window == window
+
+
 # --- by name, and our own ---------------------------------------------------------------------------------------------
 
 
@@ -362,22 +373,6 @@ def test_a_gguf_file_whose_tokenizer_we_cannot_read(tmp_path):
     assert apart(found.model, theirs) <= 1e-5
 
 
-def test_a_large_tensor_is_computed_in_pieces_that_fit_together(tmp_path):
-    numbers = np.random.default_rng(0).standard_normal((30_001, 32), dtype=np.float32)
-    writer = gguf.GGUFWriter(str(tmp_path / "large.gguf"), "llama")
-    kind = gguf.GGMLQuantizationType.Q8_0
-    stored = gguf.quants.quantize(numbers, kind)
-    writer.add_tensor("large", stored, raw_dtype=kind)
-    writer.add_tensor("wide", numbers.reshape(1, -1))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = GGUFFile(tmp_path / "large.gguf")
-    assert np.array_equal(file.array("large"), gguf.dequantize(stored, kind))
-    assert np.array_equal(file.array("wide"), numbers.reshape(1, -1))
-
-
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -390,3 +385,23 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"folder", "F32.gguf", "Q8_0.gguf"}
     assert all(0.9 < ratio < 1.3 for ratio in found.values()), found
+
+
+@pytest.mark.parametrize("token", ["<s>", {"content": "<s>"}, 'a "quoted" é'], ids=["text", "object", "odd"])
+def test_a_template_brings_the_special_tokens_that_it_asks_for(token, tmp_path):
+    saved(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", bos_token=token, eos_token=None)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}", encoding="utf-8"
+    )
+    template = load_pretrained(tmp_path).chat_template
+    expected = token["content"] if isinstance(token, dict) else token
+    assert render_chat([{"role": "user", "content": "hello"}], template) == f"{expected}hello"
+
+
+def test_a_head_that_contradicts_the_config_is_refused(tmp_path):
+    """transformers unties such a model with a warning, and older versions of it did not."""
+    saved(tmp_path, "llama-tied")
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(ValueError, match="another matrix"):
+        load_pretrained(tmp_path)

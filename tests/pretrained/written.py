@@ -1,9 +1,16 @@
 """Tiny checkpoints with random weights, written the way others write them: by transformers and by llama.cpp's package."""
 
+import contextlib
+import json
+import resource
+import sys
+import time
 import warnings
 
 import gguf
 import numpy as np
+import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -11,6 +18,7 @@ from common.tokenization.bpe import BPETokenizer
 from common.tokenization.interop import to_characters
 from common.tokenization.patterns import GPT2_PATTERN
 from common.tokenization.protocol import SPECIALS
+from tests.pretrained.apart import finish, status
 
 ROWS = 272  # of the embedding: a few more than the tokenizer has ids
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -132,12 +140,38 @@ def write_gguf(path, theirs, kind="F32", *, tokenizer=None, template=None, align
             tensor = torch.from_numpy(permuted(tensor.numpy(), heads))
         stored, form = as_stored(tensor, kind)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), stored, raw_dtype=form)
-    close(writer)
+    finish(writer)
     return path
 
 
-def close(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def edit(path, change):
+    """`change` alters what a JSON file holds."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    change(found)
+    path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def rewrite(folder, change):
+    """`change` alters the dictionary of tensors."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+
+
+# --- what damaged ones must lead to -----------------------------------------------------------------------------------
+
+
+def refused(read, path, message, kind=ValueError):
+    """`read(path)` raises one error that has this in it and names the path: within a second, and with 512 MB at most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + (1 << 29), hard))
+            stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+        with pytest.raises(kind, match=message) as caught:
+            read(path)
+    assert type(caught.value) is kind
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1500
+    assert time.perf_counter() - start < 1

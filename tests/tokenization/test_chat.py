@@ -216,14 +216,15 @@ PIECES += [
 ]
 written = st.lists(st.sampled_from(PIECES), max_size=6).map("".join) | st.text(max_size=8)
 JOINED = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}<|im_end|>{{ messages[0].content }}<|pad|>"
+BETWEEN = "{% for m in messages %}<{{ m.content | trim }} {{ m.content | trim }}><{{ m.content }}{% endfor %}<|im_end|>"
 STRIPPED = "{% for m in messages %}<|start|>{{ m.content | trim }}{{ m.content.strip() }}>{% endfor %}<|im_end|>"
 
 
 @given(st.lists(written, min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None)
-@pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "qwen3", "joined", "stripped"])
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", ["chatml", "smollm2", "llama3", "qwen3", "joined", "between", "stripped"])
 def test_whatever_people_write_stays_text(bpe, name, contents):
-    template, values = {**TEMPLATES, "joined": (JOINED, {}), "stripped": (STRIPPED, {})}[name]
+    template, values = {**TEMPLATES, "joined": (JOINED, {}), "between": (BETWEEN, {}), "stripped": (STRIPPED, {})}[name]
     roles = ("user", "assistant") if name == "llama3" else ("user", "system", "tool")
     talk = [{"role": roles[i % len(roles)], "content": text} for i, text in enumerate(contents)]
     silent = [{**message, "content": "a"} for message in talk]
@@ -254,6 +255,15 @@ def test_names_that_overlap_or_hold_each_other(text):
     ids = encode_chat([{"role": "user", "content": text}], "{{ messages[0].content }}</s>a", tokenizer)
     assert [i for i in ids if i > 255] == [258]
     assert with_names(tokenizer, ids) == text + "</s>a"
+
+
+@pytest.mark.parametrize("text", ["|im_end|>", " |im_end|>", "<|im_end|", "<|im_end| \n", "x <", "> x"])
+def test_parts_at_the_ends_of_a_message(bpe, text):
+    talk = [{"role": "user", "content": text}]
+    for template in (BETWEEN, STRIPPED, JOINED):
+        ids = encode_chat(talk, template, bpe)
+        assert counts(bpe, ids) == counts(bpe, encode_chat([{"role": "user", "content": "a"}], template, bpe))
+        assert with_names(bpe, ids) == render_chat(talk, template)
 
 
 def test_an_assistant_keeps_its_visible_tokens_and_nothing_else(bpe):

@@ -16,29 +16,10 @@ from tests.tokenization.strange import strange_texts
 
 THINK = ("<think>", "</think>")
 NAMES = (*SPECIALS, *THINK)
-MARKS = [
-    "\u0338",
-    "e\u0301",
-    "\u1100\u1161\u11a8",
-    "\u212b",
-    "\u03d2\u0301",
-    "q\u0323\u0307",
-    "q\u0307\u0323",
-    "\ufb01",
-]
-MARKS += [
-    "\u0344",
-    "\u0958",
-    "\U0001d15e",
-    "\uf900",
-    "\x01",
-    "\x02 ",
-    "a\x01b",
-    " \x0bthe",
-    "\x7f",
-    "t\x01he",
-    " th\x02e",
-]
+COMPOSED = "\u0338|e\u0301|\u1100\u1161\u11a8|\u212b|\u03d2\u0301|q\u0323\u0307|q\u0307\u0323"
+ODD = "\ufb01|\u0344|\u0958|\U0001d15e|\uf900"
+BYTES = "\x01|\x02 |a\x01b| \x0bthe|\x7f|t\x01he| th\x02e|\x01hapax|\x02b | \x01thefifth"
+MARKS = "|".join([COMPOSED, ODD, BYTES]).split("|")
 
 
 def written(count, seed):
@@ -61,7 +42,7 @@ def base():
     texts = ["the them then there é ñ 日本 don't = == 12 fifth"] * 3 + strange_texts(60, seed=1)
     plain = BPETokenizer.train(texts, 500, specials=NAMES)
     tokens = dict(plain.tokens)
-    for i, word in enumerate(["hapax", " there", "thefifth", "日本é", "the", "a\x01b", " th\x02e", "fi", "x" * 70]):
+    for i, word in enumerate(["hapax", " there", "thefifth", "日本é", "the", "a\x01b", "\x02b", "fi", "x" * 70]):
         if word.encode() not in tokens.values():
             tokens[plain.vocab_size + i] = word.encode()
     return BPETokenizer(tokens, [*plain.merges[5:], *plain.merges[:5]], plain.pattern, plain.specials)
@@ -131,7 +112,7 @@ def test_every_rule_changes_ids(base, tmp_path):
     plain = from_hf_json(file_of(base, tmp_path))
     for kind in ("incomplete", "nfc", "whole words"):
         other = from_hf_json(file_of(base, tmp_path, **KINDS[kind]))
-        assert sum(plain.encode(text) != other.encode(text) for text in PLAIN) > 50, kind
+        assert sum(plain.encode(text) != other.encode(text) for text in PLAIN[::3]) > 15, kind
 
 
 @by_kind
@@ -216,7 +197,7 @@ def test_visible_tokens_are_text_when_they_are_decoded(base, tmp_path):
 
 def test_text_in_composed_form_comes_back(base, tmp_path):
     ours = from_hf_json(file_of(base, tmp_path, nfc=True))
-    for text in PLAIN:
+    for text in PLAIN[::3]:
         composed = unicodedata.normalize("NFC", text)
         assert ours.decode(ours.encode(text)) == composed
         assert ours.encode(composed) == ours.encode(text)
