@@ -204,7 +204,7 @@ def platform_checks(
     rows = [
         number("platform: strings with other ids", len(odd), f"of {strings:,}", "against the tokenizers library"),
         number("platform: strings with other ids, as transformers converts the file", len(converted), f"of {strings:,}",
-               "its conversion of a GGUF file forgets that digits stand alone" if converted else ""),
+               "it leaves out the digits step, so white space before a digit is cut otherwise" if converted else ""),
         number("platform: stages that differ", len(found.wrong), f"of {len(found.rows)}", "on the reference's own inputs"),
         number("platform: largest difference of a logit", found.logits, "logits", "fp32, 256 tokens"),
         number("platform: prompts with another greedy text", same.count(False), f"of {len(same)}", f"{tokens} tokens each"),

@@ -4,15 +4,18 @@ Ids of strange strings, every stage of a forward pass, greedy text. transformers
 it is the reference, not a part of the machine.
 """
 
+import functools
 import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from common.foundation.assets import asset, catalogue
 from common.foundation.gguf_file import GGUFFile
@@ -64,6 +67,7 @@ def reference_of(source: str | Path, *, dtype: torch.dtype = torch.float32, eage
         eager: attention written out instead of a fused kernel.
     """
     import transformers
+    from transformers import modeling_gguf_pytorch_utils
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -72,7 +76,8 @@ def reference_of(source: str | Path, *, dtype: torch.dtype = torch.float32, eage
     more = {"gguf_file": path.name} if path.is_file() else {}
     place = path.parent if path.is_file() else name
     kind = {"attn_implementation": "eager"} if eager else {}
-    with warnings.catch_warnings():
+    bars = functools.partial(tqdm, disable=True)  # in a notebook its bar would be a widget
+    with warnings.catch_warnings(), patch.object(modeling_gguf_pytorch_utils, "tqdm", bars):
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **kind, **more).eval()
         try:

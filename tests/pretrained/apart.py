@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -122,6 +121,8 @@ class TooLong(BaseException):
 
 def damage(count, seed, sources):
     """What became of the copies; `failures` has those that neither were refused nor gave a whole model."""
+    import resource  # not everywhere
+
     for source in sources:
         load_pretrained(source)
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + ROOM, resource.RLIM_INFINITY))

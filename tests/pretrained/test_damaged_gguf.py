@@ -267,7 +267,7 @@ def test_scales_that_are_not_numbers(tmp_path, recwarn):
     raw[stored.start : stored.start + 2] = b"\x00\x7e"
     path.write_bytes(raw)
     refused(load_pretrained, path, f"{UP} holds infinities or NaN")
-    raw[stored.start : stored.start + 2] = b"\x00\x7c"
+    raw[stored.start : stored.start + 34] = b"\x00\x7c" + bytes(32)  # infinity, by which zeros are multiplied
     path.write_bytes(raw)
     refused(load_pretrained, path, f"{UP} holds infinities or NaN")
     assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import sys
 import time
 import warnings
@@ -163,10 +162,12 @@ def rewrite(folder, change):
 
 def refused(read, path, message, kind=ValueError):
     """`read(path)` raises one error that has this in it and names the path: within a second, and with 512 MB at most."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         if sys.platform == "linux":
+            import resource
+
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
             resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + (1 << 29), hard))
             stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
         with pytest.raises(kind, match=message) as caught:
