@@ -2,8 +2,8 @@
 
     python bench/june.py
 
-Greedy, the same prompts, the same number of new tokens, the same number format, prefill included; measured in pairs, in turn.
-Ours is the engine with packed matrices (common/generation/packed.py), and once more without packing, to see what that is worth.
+Greedy, the same prompts, the same number of new tokens, the same number format, prefill included; measured in pairs, in
+turn. Ours is the engine with packed matrices (common/generation/packed.py), and once more without them.
 `share of the bandwidth` is bytes of weights read for each step, over the bytes a second that this machine sums: at batch 1
 decoding can be no faster than reading the weights. Also: loading the file, and the first token of a conversation's next turn
 with and without what is remembered of the turns before.
@@ -22,10 +22,10 @@ from common.generation.engine import Engine
 from common.generation.packed import packed
 from common.generation.sampling import SamplingParams
 from common.pretrained.load import load_pretrained
-from common.studies.platform import PASSAGE, PROMPTS, reference_of
+from common.studies.platform import PASSAGE, reference_of
 
 TOKENS = 48
-REPEAT = 5
+REPEAT = 3
 
 
 def bandwidth():
@@ -113,7 +113,7 @@ def main():
     found["next turn of a conversation"] = next_turn(loaded)
     for dtype in (torch.float32, torch.bfloat16):
         found[str(dtype)] = decoding(loaded, reference, dtype)
-    print(json.dumps(found | {"prompts": len(PROMPTS), "threads": torch.get_num_threads()}, indent=2))
+    print(json.dumps(found | {"threads": torch.get_num_threads()}, indent=2))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from common.tokenization.interop import from_hf_json, tokenizer_of_metadata
 from common.tokenization.protocol import Tokenizer
 from common.training.checkpoint import load_with_tokenizer
 
-HUB_FILES = ["config.json", "*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
+HUB_FILES = ["config.json", "model*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "generation_config.json"]  # fmt: skip
 WRONG = (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError)  # what odd JSON does to honest code
 # What a config says about the size of a model, in JSON and (without the name of the family) in GGUF. Other fields are
@@ -144,7 +144,9 @@ def _with_tokens(template: str | None, folder: Path) -> str | None:
     for name in re.findall(r"\b(?:bos|eos|pad|unk)_token\b", template):
         value = described.get(name)
         values[name] = value.get("content") if isinstance(value, dict) else value
-    return "".join(f"{{% set {n} = {json.dumps(v)} %}}" for n, v in values.items() if isinstance(v, str)) + template
+    # As it is: Jinja would not put an escaped pair of surrogates together again.
+    written = {n: json.dumps(v, ensure_ascii=False) for n, v in values.items() if isinstance(v, str)}
+    return "".join(f"{{% set {n} = {v} %}}" for n, v in written.items()) + template
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------

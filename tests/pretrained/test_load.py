@@ -13,6 +13,7 @@ import transformers
 
 import common.pretrained.load
 from common.foundation.assets import AssetUnavailable
+from common.foundation.files import write_json
 from common.model.config import ModelConfig
 from common.model.ngram import NGram
 from common.model.transformer import Transformer
@@ -25,6 +26,7 @@ from tests.pretrained.written import (
     FAMILIES,
     ROWS,
     TEMPLATE,
+    edit,
     ids_of,
     rewrite,
     round_to,
@@ -57,11 +59,6 @@ def tensors_of(folder):
 
 def write_tensors(folder, tensors):
     safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-
-
-def edit_json(path, **changes):
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(found | changes), encoding="utf-8")
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -204,17 +201,13 @@ def test_fewer_rows_than_ids_is_a_mistake(tmp_path):
     assert load_pretrained(tmp_path, tokenizer=False).model.vocab_size == 261
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        TEMPLATE,
-        [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}],
-    ],
-    ids=["text", "list"],
-)
+SEVERAL = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+
+
+@pytest.mark.parametrize("written", [TEMPLATE, SEVERAL], ids=["text", "list"])
 def test_a_chat_template_in_the_config_of_the_tokenizer(written, tmp_path):
     saved(tmp_path)
-    edit_json(tmp_path / "tokenizer_config.json", chat_template=written)
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": written})
     assert load_pretrained(tmp_path).chat_template == TEMPLATE
     (tmp_path / "chat_template.jinja").write_text("its own file", encoding="utf-8")
     assert load_pretrained(tmp_path).chat_template == "its own file"
@@ -222,7 +215,7 @@ def test_a_chat_template_in_the_config_of_the_tokenizer(written, tmp_path):
 
 def test_without_a_default_chat_template_there_is_none(tmp_path):
     saved(tmp_path)
-    edit_json(tmp_path / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "no"}])
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": [{"name": "rag", "template": "no"}]})
     assert load_pretrained(tmp_path).chat_template is None
 
 
@@ -231,10 +224,7 @@ def test_without_a_default_chat_template_there_is_none(tmp_path):
 )
 def test_mistrals_window_is_none_only_where_it_is_null(written, window, tmp_path):
     saved(tmp_path, "mistral")
-    path = tmp_path / "config.json"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    del found["sliding_window"]
-    path.write_text(json.dumps(found | written), encoding="utf-8")
+    edit(tmp_path / "config.json", lambda found: (found.pop("sliding_window"), found.update(written)))
     assert load_pretrained(tmp_path).model.config.window == window
 
 
@@ -387,10 +377,12 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     assert all(0.9 < ratio < 1.3 for ratio in found.values()), found
 
 
-@pytest.mark.parametrize("token", ["<s>", {"content": "<s>"}, 'a "quoted" é'], ids=["text", "object", "odd"])
+@pytest.mark.parametrize(
+    "token", ["<s>", {"content": "<s>"}, 'a "quoted" é', "<🤖>"], ids=["text", "object", "odd", "rare"]
+)
 def test_a_template_brings_the_special_tokens_that_it_asks_for(token, tmp_path):
     saved(tmp_path)
-    edit_json(tmp_path / "tokenizer_config.json", bos_token=token, eos_token=None)
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": token, "eos_token": None})
     (tmp_path / "chat_template.jinja").write_text(
         "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}", encoding="utf-8"
     )
