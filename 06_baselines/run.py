@@ -55,6 +55,7 @@ def main(config: Config) -> None:
         )
         rows += baselines.way_out(may, run.path("base-model"))
 
+        announce("compared; now the n-grams that stand beside the models, then bits per byte")
         theirs_config = read_json(may / "manifest.json")["config"]
         shares = {name: theirs_config[name] for name in ("plays", "wiki", "web", "arithmetic")}
         data = base.base_data(mine.tokenizer, shares, round(1e6 * theirs_config["megabytes"]), theirs_config["seed"])
@@ -64,6 +65,7 @@ def main(config: Config) -> None:
         said, more, figures, scored = baselines.table(contenders, documents, run.path)
         sums, written = baselines.plain_sums(contenders, config.questions, config.seed)
         about, words, shown, near = baselines.word_analogies(contenders, config.analogies, run.path, config.seed)
+        announce("now the same weights, loaded wrongly")
         wrong, drawn, texts = baselines.loading_mistakes(
             loaded, theirs.model, documents["wiki"][0], run.path, platform.PROMPTS[0], min(40, config.tokens)
         )

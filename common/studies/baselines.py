@@ -206,11 +206,11 @@ def platform_checks(
         number("platform: strings with other ids, as transformers converts the file", len(converted), f"of {strings:,}",
                "it leaves out the digits step, so white space before a digit is cut otherwise" if converted else ""),
         number("platform: stages that differ", len(found.wrong), f"of {len(found.rows)}", "on the reference's own inputs"),
-        number("platform: largest difference of a logit", found.logits, "logits", "fp32, 256 tokens"),
+        number("platform: largest difference of a logit", 1e6 * found.logits, "millionths", "fp32, 256 tokens"),
         number("platform: prompts with another greedy text", same.count(False), f"of {len(same)}", f"{tokens} tokens each"),
     ]  # fmt: skip
     claims = [claim("The same file gives the same logits in our model and in transformers, to one thousandth",
-                    found.logits, 1e-3, better="lower", unit="logits")]  # fmt: skip
+                    1e6 * found.logits, 1000.0, better="lower", unit="millionths of a logit")]  # fmt: skip
     samples = [{"title": f"Greedy, after {prompt!r}", "text": prompt + text}
                for prompt, text in list(zip(platform.PROMPTS, ours, strict=True))[:3]]  # fmt: skip
     return claims, rows, samples, {"generated": sum(len(loaded.tokenizer.encode(text)) for text in ours)}
@@ -224,7 +224,9 @@ def way_out(run: Path, folder: Path) -> Rows:
     odd = platform.differing_ids(ours.tokenizer, theirs.tokenizer, platform.strange_texts(1000))
     exact = all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), loaded.model.parameters(), strict=True))
     return [
-        number("export: largest difference of a logit", found.logits, "logits", "the base model in transformers"),
+        number(
+            "export: largest difference of a logit", 1e6 * found.logits, "millionths", "the base model in transformers"
+        ),
         number("export: strings with other ids", len(odd), "of 1,000", "against transformers' tokenizer"),
         number("export: weights that come back unchanged", float(exact), "rate"),
     ]
