@@ -144,18 +144,19 @@ def forward_parity(loaded: Pretrained, theirs: nn.Module, *, tokens: int = 256) 
 def greedy_parity(
     loaded: Pretrained, theirs: nn.Module, prompts: Sequence[str] = PROMPTS, *, tokens: int = 200
 ) -> tuple[list[bool], list[str]]:
-    """(is it the same text, our texts) of each prompt, `tokens` more of them or up to the end of a document.
+    """(is it the same text, our texts) of each prompt: `tokens` more, or up to the end of a document or of the context.
 
     Both run all prompts in one batch, with padding on the left.
     """
     engine = Engine(packed(loaded.model), loaded.tokenizer)
     ids = [loaded.tokenizer.encode(prompt) for prompt in prompts]
-    params = SamplingParams(temperature=0, max_tokens=tokens)
+    room = loaded.model.context_length - max(map(len, ids))  # beyond it, each engine has rules of its own
+    params = SamplingParams(temperature=0, max_tokens=max(1, min(tokens, room)))
     ours = [completion for (completion,) in engine.generate(ids, params)]
     rows, pads = padded(ids, left=True, device=torch.device("cpu"))
     with torch.inference_mode():
         made = theirs.generate(
-            rows, attention_mask=(~pads).long(), max_new_tokens=tokens, do_sample=False, eos_token_id=engine.end,
+            rows, attention_mask=(~pads).long(), max_new_tokens=params.max_tokens, do_sample=False, eos_token_id=engine.end,
             pad_token_id=engine.end,
         )  # fmt: skip
     same = [row[rows.shape[1] :][: len(mine.ids)].tolist() == mine.ids for row, mine in zip(made, ours, strict=True)]
