@@ -9,12 +9,12 @@ from common.generation.sampling import SamplingParams
 from common.model.output import LanguageModel
 from common.model.transformer import Transformer
 from common.tokenization.chat import encode_chat
-from common.tokenization.protocol import DOCUMENT_ENDS, TURN_ENDS, Tokenizer
+from common.tokenization.protocol import TURN_ENDS, Tokenizer
 
 
 def chat_engine(model: LanguageModel, tokenizer: Tokenizer) -> Engine:
     """An engine that ends a turn where chat models end theirs, and does not read a conversation twice."""
-    ends = [tokenizer.specials[name] for name in (*TURN_ENDS, *DOCUMENT_ENDS) if name in tokenizer.specials]
+    ends = [tokenizer.specials[name] for name in TURN_ENDS if name in tokenizer.specials]
     return Engine(packed(model) if isinstance(model, Transformer) else model, tokenizer, ends=ends, remember=True)
 
 

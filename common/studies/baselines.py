@@ -211,9 +211,9 @@ def platform_checks(
     ]  # fmt: skip
     claims = [claim("The same file gives the same logits in our model and in transformers, to one thousandth",
                     1e6 * found.logits, 1000.0, better="lower", unit="millionths of a logit")]  # fmt: skip
-    samples = [{"title": f"Greedy, after {prompt!r}", "text": prompt + text}
-               for prompt, text in list(zip(platform.PROMPTS, ours, strict=True))[:3]]  # fmt: skip
-    return claims, rows, samples, {"generated": sum(len(loaded.tokenizer.encode(text)) for text in ours)}
+    samples = [{"title": f"Greedy, after {prompt!r}", "text": prompt + completion.text}
+               for prompt, completion in list(zip(platform.PROMPTS, ours, strict=True))[:3]]  # fmt: skip
+    return claims, rows, samples, {"generated": sum(len(completion.ids) for completion in ours)}
 
 
 def way_out(run: Path, folder: Path) -> Rows:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from common.model import transformer
 from common.model.initialise import without_storage
-from common.model.positions import rope_angles, to_half_layout
 from common.model.transformer import Transformer
+from common.pretrained.names import rows_to_half, rows_to_interleaved
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,13 @@ def rows_permuted(model: Transformer) -> None:
     """As llama.cpp's file has them, not undone."""
     for block in model.blocks:
         for part, heads in ((block.attention.query, model.config.heads), (block.attention.key, model.config.groups)):
-            split = part.weight.unflatten(0, (heads, 2, -1)).transpose(1, 2)
-            part.weight.copy_(split.flatten(0, 2))
+            part.weight.copy_(rows_to_interleaved(part.weight, heads))
 
 
 def rows_permuted_needlessly(model: Transformer) -> None:
     for block in model.blocks:
         for part, heads in ((block.attention.query, model.config.heads), (block.attention.key, model.config.groups)):
-            split = part.weight.unflatten(0, (heads, -1)).movedim(1, -1)
-            part.weight.copy_(to_half_layout(split).movedim(-1, 1).flatten(0, 1))
+            part.weight.copy_(rows_to_half(part.weight, heads))
 
 
 def output_transposed(model: Transformer) -> None:
@@ -99,7 +97,6 @@ def narrow_angles() -> patch:
         made = positions[..., None].bfloat16() * frequencies.bfloat16()
         return made.cos().float() * factor, made.sin().float() * factor
 
-    assert rope_angles is transformer.rope_angles
     return patch.object(transformer, "rope_angles", angles)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.foundation.assets import asset, catalogue
 from common.foundation.gguf_file import GGUFFile
 from common.generation.decode import padded
-from common.generation.engine import Engine
+from common.generation.engine import Completion, Engine
 from common.generation.packed import packed
 from common.generation.sampling import SamplingParams
 from common.pretrained.load import Pretrained
@@ -60,12 +60,8 @@ class Reference:
     converted: Any = None
 
 
-def reference_of(source: str | Path, *, dtype: torch.dtype = torch.float32, eager: bool = False) -> Reference:
-    """Load a GGUF file, a folder or a hub name with transformers.
-
-    Args:
-        eager: attention written out instead of a fused kernel.
-    """
+def reference_of(source: str | Path) -> Reference:
+    """Load a GGUF file, a folder or a hub name with transformers, in float32."""
     import transformers
     from transformers import modeling_gguf_pytorch_utils
 
@@ -75,11 +71,10 @@ def reference_of(source: str | Path, *, dtype: torch.dtype = torch.float32, eage
     path = asset(name) if name in catalogue() and not Path(name).exists() else Path(name)
     more = {"gguf_file": path.name} if path.is_file() else {}
     place = path.parent if path.is_file() else name
-    kind = {"attn_implementation": "eager"} if eager else {}
     bars = functools.partial(tqdm, disable=True)  # in a notebook its bar would be a widget
     with warnings.catch_warnings(), patch.object(modeling_gguf_pytorch_utils, "tqdm", bars):
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **kind, **more).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **more).eval()
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **more)
         except (OSError, ValueError, TypeError, KeyError):  # a folder without a tokenizer
@@ -143,8 +138,8 @@ def forward_parity(loaded: Pretrained, theirs: nn.Module, *, tokens: int = 256) 
 
 def greedy_parity(
     loaded: Pretrained, theirs: nn.Module, prompts: Sequence[str] = PROMPTS, *, tokens: int = 200
-) -> tuple[list[bool], list[str]]:
-    """(is it the same text, our texts) of each prompt: `tokens` more, or up to the end of a document or of the context.
+) -> tuple[list[bool], list[Completion]]:
+    """(is it the same text, our completion) of each prompt: `tokens` more, or up to the end of a document or of the context.
 
     Both run all prompts in one batch, with padding on the left.
     """
@@ -160,4 +155,4 @@ def greedy_parity(
             pad_token_id=engine.end,
         )  # fmt: skip
     same = [row[rows.shape[1] :][: len(mine.ids)].tolist() == mine.ids for row, mine in zip(made, ours, strict=True)]
-    return same, [completion.text for completion in ours]
+    return same, ours
