@@ -53,12 +53,16 @@ class Config:
     parallel: Literal["none", "data", "shards"] = "none"
     plan: bool = False  # only say what the training would take
 
+    def shape(self) -> ModelConfig:
+        """Of the model."""
+        return ModelConfig(self.vocab_size, self.length, self.layers, self.width, self.heads, init="fan_in")
+
 
 SIZES = {
     "tiny": {"vocab_size": 512, "layers": 1, "width": 16, "heads": 2, "length": 32, "rows": 4, "megabytes": 0.01,
              "looks": 2, "questions": 3, "studies": 0.01, "processes": 2},
     "small": {"vocab_size": 2048, "layers": 4, "width": 128, "heads": 4, "length": 256, "rows": 8, "megabytes": 7.5,
-              "looks": 10, "questions": 60, "studies": 1.0, "processes": 2},
+              "looks": 10, "questions": 200, "studies": 1.0, "processes": 2},
     "medium": {"vocab_size": 4096, "layers": 12, "width": 512, "heads": 8, "length": 512, "rows": 128,
                "megabytes": 60.0, "looks": 20, "questions": 200, "studies": 1.0, "processes": 1},
     "large": {"vocab_size": 8192, "layers": 24, "width": 1024, "heads": 16, "length": 1024, "rows": 512,
@@ -70,7 +74,7 @@ def main(config: Config) -> None:
     check(config)
     device, words = pick_device(), needed("02_tokenization", config.size) / "tokenizer.json"
     tokenizer = BPETokenizer.load(words).truncated(config.vocab_size)
-    shape = ModelConfig(config.vocab_size, config.length, config.layers, config.width, config.heads, init="fan_in")
+    shape = config.shape()
     folder, run = run_directory("05_pretraining", config), None
     with contextlib.ExitStack() as opened:
         with World.joined(device.name) as world:

@@ -116,6 +116,54 @@ def gallery(months: Positional[str] = "1-12", write: bool = False, check: bool =
         sys.exit(1)
 
 
+@app.command(name="trainings")
+def trainings(write: bool = False, check: bool = False, size: Size = "small", json: bool = False) -> None:
+    """Train the base model with several seeds and number formats: how far apart do they end?
+
+    Without an option the committed trainings are tabled.
+
+    Args:
+        write: train what 05_pretraining/trainings.json does not have yet; about eight minutes each on a core.
+        check: train once, as the year does on this machine, and fail if a number leaves the spread of the committed ones.
+    """
+    from common.foundation.device import pick_device
+    from common.foundation.run import configure, ensure, runs_root
+    from common.studies import base
+    from common.studies import trainings as study
+
+    config = configure(calendar.load("05_pretraining", "run"), size=size)
+    known = study.read() if study.TRAININGS.exists() else []
+    wrong = []
+    if write or check:
+        with redirect_stdout(sys.stderr):
+            words = ensure("02_tokenization", size) / "tokenizer.json"
+        given = {
+            "tokenizer": str(words), "shape": dataclasses.asdict(config.shape()), "shares": base.shares_of(config),
+            "bytes_in_all": round(1e6 * config.megabytes), "rows": config.rows, "questions": config.questions,
+            "rates": {name: getattr(config, name) for name in ("optimizer", "learning_rate", "weight_decay")},
+        }  # fmt: skip
+        scratch = runs_root() / "05_pretraining" / "trainings"
+    if write:
+
+        def keep(record: study.Record) -> None:
+            known.append(record)
+            study.write(known)
+
+        study.measure(list(base.RECIPES)[::-1], study.SEEDS, study.FORMATS, scratch, keep=keep, known=known, **given)
+    if check:
+        format = str(pick_device().dtype).removeprefix("torch.")
+        (fresh,) = study.measure([base.RECIPE_NAME], [config.seed], [format], scratch, **given)
+        wrong = study.departures(study.numbers_of(fresh), study.of(known, base.RECIPE_NAME))
+        print(
+            "\n".join(wrong) if wrong else "the base model: every number within the spread of the committed trainings"
+        )
+    else:
+        print(study.table(known))
+    finish({"trainings": len(known), "problems": wrong}, json)
+    if wrong:
+        sys.exit(1)
+
+
 @app.command(name="assets")
 def assets(fetch: Positional[tuple[str, ...]] = (), all: bool = False, json: bool = False) -> None:
     """List the real inputs, or fetch some by name.

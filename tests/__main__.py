@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("[01]*/*.ipynb"))
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", "tests/nbval.cfg", "--dist", "loadscope"]
+NBVAL += ["-p", "tests.notebook_numbers"]  # numbers that a training decides, within what their cell states
 
 
 def workers() -> str:

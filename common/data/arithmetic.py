@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.arithmetic_families import FAMILIES, NUMBER, Family, Terms, parse
+from common.data.arithmetic_families import FAMILIES, NUMBER, Family, Terms, cached_split, parse
 from common.data.documents import Document
 from common.data.problems import Problem
 from common.data.split import FRACTIONS
@@ -274,22 +274,54 @@ def training_documents(
     return documents
 
 
-def drill_documents(count: int, seed: int, *, lines: int = 12) -> list[Document]:
+def drill_documents(
+    count: int, seed: int, *, lines: int = 12, skewed: float = 1.0, split: str | None = "train"
+) -> list[Document]:
     """Single additions, as they occur in the traces of `sums`: practice without the lists around it.
 
     A line of a trace is mostly bookkeeping; here every ten characters hold an addition. Two numbers are no problem of any
     family, so nothing that is held out is stated.
 
+    With uniform digits the last digit of a sum is independent of the last digit of either number: like parity, it gives a
+    gradient nothing to begin with, and a training sits at chance until it jumps. In a skewed line small digits are
+    frequent, so that one number alone already says something about the result.
+
+    Args:
+        lines: additions in a document.
+        skewed: the share of lines whose digits after the first are drawn with weight 1 / (1 + digit).
+        split: the pairs have a split of their own, by their hash, so that some are in no drill.
+
     >>> print(drill_documents(1, seed=0, lines=2)[0].text)
-    44+26=70
-    65+468=533
     """
-    rng, documents = _rng(seed, "drills", "train"), []
-    for i in range(count):
-        # The larger is a sum of one to seven two-digit numbers, as a partial sum is.
-        sizes, small = rng.integers(1, 8, lines), rng.integers(10, 100, lines)
-        large = [int(rng.integers(10, 100, size).sum()) for size in sizes]
-        pairs = zip(large, small.tolist(), rng.random(lines).tolist(), strict=True)
-        text = "\n".join(f"{b}+{a}={a + b}" if swap < 0.5 else f"{a}+{b}={a + b}" for a, b, swap in pairs)
-        documents.append(Document(f"drill {seed}.{i}", "drill", text))
-    return documents
+    _known("split", split, FRACTIONS)
+    said = itertools.islice(_drill_lines(_rng(seed, "drills", split), skewed, split), count * lines)
+    texts = ("\n".join(itertools.islice(said, lines)) for _ in range(count))
+    return [Document(f"drill {seed}.{i}", "drill", text) for i, text in enumerate(texts)]
+
+
+DIGIT_WEIGHTS = 1 / np.arange(1, 11)
+
+
+def _drill_lines(rng: np.random.Generator, skewed: float, split: str) -> Iterator[str]:
+    """Lines without end, drawn a thousand at a time."""
+    while True:
+        # The larger number is a sum of one to seven two-digit numbers, as a partial sum is.
+        parts, added = rng.integers(10, 100, (1000, 7)), rng.integers(1, 8, (1000, 1))
+        large, small = (parts * (np.arange(7) < added)).sum(axis=1), rng.integers(10, 100, 1000)
+        skew, swap = rng.random(1000) < skewed, rng.random(1000) < 0.5
+        large, small = (np.where(skew, with_small_digits(numbers, rng), numbers) for numbers in (large, small))
+        for a, b, swapped in zip(large.tolist(), small.tolist(), swap.tolist(), strict=True):
+            if cached_split(f"{a}+{b}") == split:
+                yield f"{b}+{a}={a + b}" if swapped else f"{a}+{b}={a + b}"
+
+
+def with_small_digits(numbers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Every digit after the first drawn again, small ones more often: a 0 a third of the time, a 9 a thirtieth.
+
+    The first digit and the length stay, and with them about how much is added.
+    """
+    places = 10 ** np.arange(9)  # of units, tens, ...
+    drawn = rng.choice(10, size=(len(numbers), len(places)), p=DIGIT_WEIGHTS / DIGIT_WEIGHTS.sum())
+    after_the_first = places * 10 <= numbers[:, None]
+    leading = places[after_the_first.sum(axis=1)]
+    return numbers // leading * leading + (drawn * places * after_the_first).sum(axis=1)

@@ -138,6 +138,28 @@ def mean_of_seeds(values: Sequence[float], *, confidence: float = 0.95) -> Inter
     return Interval(mean, mean - reach, mean + reach, len(array), "student")
 
 
+def departs(value: float, published: Sequence[float], *, confidence: float = 0.99, least: float = 0.01) -> bool:
+    """Whether the number of one more training lies where those of `published` say that it will not.
+
+    The prediction interval of one further value from a normal distribution: wider than that of the mean, because the new
+    training has a spread of its own. Where the trainings agree closely, `least` of their mean is allowed.
+
+    >>> departs(0.9, [0.7, 0.8, 0.75]), departs(0.1, [0.7, 0.8, 0.75])
+    (False, True)
+    """
+    from scipy.stats import t as student
+
+    array = _values("published", published)
+    if len(array) < 2:
+        raise ValueError("one training says nothing about another: give at least two")
+    reach = (
+        float(student.ppf(0.5 + confidence / 2, len(array) - 1))
+        * float(array.std(ddof=1))
+        * math.sqrt(1 + 1 / len(array))
+    )
+    return not abs(value - float(array.mean())) <= max(reach, least * abs(float(array.mean())))
+
+
 def paired_difference(
     a: Sequence[float],
     b: Sequence[float],

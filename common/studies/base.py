@@ -5,6 +5,7 @@ the stream; rows of the loader cut it where they end. Held-out documents are of 
 training text does not contain.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from common.data.cleaning import mixture
 from common.data.corpora import year_sources
 from common.data.documents import Document, tokenize_documents
 from common.data.stream import BatchStream
+from common.evaluation.drills import score_drills
 from common.evaluation.text import score_documents, token_sizes
 from common.foundation.device import Device
 from common.foundation.evidence import claim, number
@@ -39,16 +41,39 @@ from common.training.schedules import Schedule
 from common.training.snapshots import Snapshots
 from common.training.trainer import Settings, Trainer
 
-# Shares of the arithmetic documents. Sums have the most to learn: carrying, and lists that change.
-FAMILY_SHARES = {"sums": 0.6, "checksum": 0.13, "mod_chain": 0.14, "plain_sum": 0.13}
-DRILLS = 0.5  # documents of bare additions for each worked one, in training only: digits are learned there
-# Tested at these numbers of numbers: three to eight in training.
+# Tested at these numbers of numbers: three to eight in training. The seed is that of the questions, the same for every
+# training, and was not used while the recipe was chosen.
+QUESTIONS_SEED = 12
 LOOKS = (("plain_sum", 3), ("checksum", 6), ("mod_chain", 6), ("sums", 3), ("sums", 5), ("sums", 7))
 PROMPTS = ("ROMEO:\n", "The history of the city ")
 ARITHMETIC_BYTES = 190  # of a worked document and its share of drills: only to know how many are enough
 
 
 Looks = dict[str, list[Document]]  # "plays, seen" -> a few documents of that domain
+
+
+@dataclass(frozen=True)
+class ArithmeticRecipe:
+    """What the arithmetic of a training text is made of.
+
+    Attributes:
+        families: shares of the worked documents. Sums have the most to learn: carrying, and lists that change.
+        drills: documents of bare additions for each worked one, in training only: digits are learned there.
+        skewed: the share of drill lines with mostly small digits, see `arithmetic.drill_documents`.
+    """
+
+    families: Mapping[str, float]
+    drills: float
+    skewed: float
+
+
+RECIPES = {
+    # The digits of the drills are uniform. Whether a training learns to add with them is decided near its end.
+    "uniform drills": ArithmeticRecipe({"sums": 0.6, "checksum": 0.13, "mod_chain": 0.14, "plain_sum": 0.13}, 0.5, 0.0),
+    "skewed drills": ArithmeticRecipe({"sums": 0.52, "checksum": 0.14, "mod_chain": 0.22, "plain_sum": 0.12}, 0.5, 1.0),
+}
+RECIPE_NAME = "skewed drills"
+RECIPE = RECIPES[RECIPE_NAME]
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,8 @@ class Pretraining:
     def look(self, model: Transformer, words: BPETokenizer) -> dict[str, Any]:
         """A point of the curves, and what the model writes by now."""
         found: dict[str, Any] = dict(curve_point(model, words, self.looks))
+        drills = score_drills(model, words, held_out_drills())
+        found |= {"drills": drills.whole, "drills, last digit": drills.last}
         if self.parallel != "shards":  # gathered weights and the engine's inference mode do not go together
             found["sample"] = continued(Engine(model, words), PROMPTS[:1], 40, temperature=0.8)[0]
         return found
@@ -143,19 +170,33 @@ def train(world: World, job: Pretraining) -> None:
     job.trainer(world).train()
 
 
-def sources(split: str, arithmetic_documents: int, seed: int) -> dict[str, list[Document]]:
+def sources(
+    split: str, arithmetic_documents: int, seed: int, recipe: ArithmeticRecipe = RECIPE
+) -> dict[str, list[Document]]:
     """The documents of the year in one split, January's bare sums replaced by worked arithmetic."""
     found = year_sources(split)
-    del found["sums"]  # January's test sums are pairs; nothing here is held out by pairs
-    worked = arithmetic.training_documents(split, arithmetic_documents, seed, families=FAMILY_SHARES)
-    drills = arithmetic.drill_documents(round(DRILLS * arithmetic_documents), seed) if split == "train" else []
-    return {**found, "arithmetic": worked + drills}
+    del found["sums"]  # January's sums are replaced: its test sums are pairs of numbers, and ours are longer
+    worked = arithmetic.training_documents(split, arithmetic_documents, seed, families=recipe.families)
+    count = round(recipe.drills * arithmetic_documents) if split == "train" else 0
+    return {**found, "arithmetic": worked + arithmetic.drill_documents(count, seed, skewed=recipe.skewed)}
 
 
-def base_data(tokenizer: BPETokenizer, shares: Mapping[str, float], bytes_in_all: int, seed: int) -> BaseData:
+@functools.cache
+def held_out_drills() -> list[Document]:
+    """Additions with uniform digits, as traces have them, that no drill of any training states."""
+    return arithmetic.drill_documents(30, 0, skewed=0.0, split="validation")
+
+
+def base_data(
+    tokenizer: BPETokenizer,
+    shares: Mapping[str, float],
+    bytes_in_all: int,
+    seed: int,
+    recipe: ArithmeticRecipe = RECIPE,
+) -> BaseData:
     """The mixture as one stream of ids, and a few documents of each domain, seen and held out."""
     count = round(1.3 * bytes_in_all * shares["arithmetic"] / ARITHMETIC_BYTES)
-    train = sources("train", count, seed)
+    train = sources("train", count, seed, recipe)
     documents, report = mixture(train, shares, bytes_in_all=bytes_in_all, seed=seed)
     ids = np.concatenate([ids[:-1].numpy() for ids in tokenize_documents(documents, tokenizer)])
     shown = {document.name for document in documents}
@@ -199,6 +240,14 @@ def solve(engine: Engine, family: str, size: int, n: int, *, split: str, seed: i
         "trace": mean_ci([float(verdict.ok) for verdict in verdicts]),
         "tokens": sum(len(c[0].ids) for c in made),
         "example": f"{problems[0].question}\n{made[0][0].text}",
+    }
+
+
+def answers(engine: Engine, questions: int) -> dict[str, dict[str, Any]]:
+    """`solve` at every family and size of LOOKS, by "sums of 5". The same questions for every model."""
+    return {
+        f"{family} of {size}": solve(engine, family, size, questions, split="test", seed=QUESTIONS_SEED)
+        for family, size in LOOKS
     }
 
 
@@ -248,11 +297,10 @@ def report(
               cost={"tokens": len(data.ids)})
     ] if questions >= 20 else []  # fmt: skip
     samples, spent = [], {"generated": 0}
-    for family, size in LOOKS:
-        solved = solve(engine, family, size, questions, split="test", seed=seed)
+    for what, solved in answers(engine, questions).items():
         note = f"every step right: {solved['trace'].mean:.2f}; {solved['tokens'] / questions:.0f} tokens each"
-        rows.append(number(f"{family} of {size}, unseen: right answers", solved["answer"], "rate", note))
-        samples.append({"title": f"{family}, {size} numbers, greedy", "text": solved["example"]})
+        rows.append(number(f"{what}, unseen: right answers", solved["answer"], "rate", note))
+        samples.append({"title": f"{what.replace(' of ', ', ')} numbers, greedy", "text": solved["example"]})
         spent["generated"] += solved["tokens"]
     samples += [
         {"title": f"After {row['step']:,} updates, at temperature 0.8", "text": row["sample"]}

@@ -55,10 +55,11 @@ def overfit_one_batch(untrained: nn.Module, vocab_size: int, *, steps: int = 150
 
 
 @probe("entropy-floor", "is the loss too good to be true?")
-def entropy_floor(untrained: nn.Module, vocab_size: int, *, steps: int = 100, margin: float = 0.12) -> Reading:
+def entropy_floor(untrained: nn.Module, vocab_size: int, *, steps: int = 100, margin: float = 0.06) -> Reading:
     """How far the loss on a Markov source with known entropy falls below what is possible, in nats.
 
-    The first token of a row has no context, which only raises the loss.
+    The first token of a row has no context, which only raises the loss. The mean over the last ten steps is one over 5,120
+    symbols, whose standard error is 0.013 nats; the margin is four and a half of them.
     """
     source = MarkovSource()
     floor = source.entropy_rate * math.log(2)
