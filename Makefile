@@ -7,10 +7,11 @@ BIN    := $(if $(filter Windows_NT,$(OS)),$(VENV)/Scripts,$(VENV)/bin)
 STAMP  := $(VENV)/.installed
 SIZE   ?= small
 
-.PHONY: year test notebooks gallery clean help
+.PHONY: year test anywhere notebooks gallery clean help
 help:
 	@echo "make year       set up if needed, fetch the texts, run every finished month, write runs/report.html"
 	@echo "make test       set up if needed, run every check: lint, import rules, tests, notebooks, gallery, links"
+	@echo "make anywhere   repeat what numbers decide under settings that stand in for other processors; an hour"
 	@echo "make notebooks  execute every notebook again, in place, in a clean kernel"
 	@echo "make gallery    measure the failure gallery and rewrite gallery.csv"
 	@echo "make clean      delete runs/ and the virtual environment"
@@ -29,6 +30,9 @@ year: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m tests
+
+anywhere: $(STAMP)
+	@$(BIN)/python -m tests anywhere
 
 notebooks: $(STAMP)
 	@$(BIN)/python -m tests notebooks

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tyro
 
 from common.cli_models import Positional, Size, chat, doctor, evaluate, finish, parity, sample
 from common.foundation import months as calendar
+from common.foundation import published
 from common.foundation.evidence import ClaimFailed
 
 app = tyro.extras.SubcommandApp()
@@ -48,9 +50,26 @@ def year(size: Size = "small", months: str = "1-12") -> None:
         announce(f"not built yet: {', '.join(missing)}")
     report = write_report(size, notes)
     announce(f"report: {report}")
-    print(json.dumps({"size": size, "months": done, "skipped": notes, "report": str(report)}))
+    compared, moved = against_published(done) if size == "small" else (0, [])
+    if compared:
+        announce(published.sentence(compared, moved))
+    print(json.dumps({"size": size, "months": done, "skipped": notes, "report": str(report), "moved": len(moved)}))
     if notes:
         sys.exit(1)
+
+
+def against_published(summaries: Mapping[str, Any]) -> tuple[int, list[published.Departure]]:
+    """(numbers compared, those that are not where they were published) of these months at the size of the tables."""
+    compared, moved = 0, []
+    for folder, summary in summaries.items():
+        spreads = {}
+        if folder == "05_pretraining":
+            from common.studies import base, trainings
+
+            spreads = trainings.spreads(trainings.of(trainings.read(), base.RECIPE_NAME))
+        count, found = published.departures(folder, summary, spreads=spreads)
+        compared, moved = compared + count, moved + found
+    return compared, moved
 
 
 @app.command(name="month")
@@ -204,14 +223,24 @@ def report(size: Size = "small", readme: bool = False, json: bool = False) -> No
 
 
 @app.command(name="reproduce")
-def reproduce(run: Positional[Path], json: bool = False) -> None:
-    """Run a finished run again in a temporary folder and say which numbers agree, to which digit.
+def reproduce(run: Positional[Path | None] = None, json: bool = False) -> None:
+    """Hold the finished months against the published numbers; or run a finished run again and compare it with itself.
 
     Args:
-        run: a run directory, such as runs/01_spine/small-….
+        run: a run directory, such as runs/01_spine/small-…; without one, the months of `make year` are compared with the
+            numbers in the READMEs, and nothing is run.
     """
     from common.foundation.reproduce import reproduce as again
+    from common.foundation.run import official, result
 
+    if run is None:
+        runs = {month.folder: official(month.folder, "small") for month in calendar.built_months()}
+        compared, moved = against_published({folder: result(path) for folder, path in runs.items() if path})
+        print(published.sentence(compared, moved))
+        finish({"compared": compared, "moved": [str(one) for one in moved]}, json)
+        if moved or not compared:
+            sys.exit(1)
+        return
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         outcome = again(run, Path(folder))
     print(outcome)

@@ -134,5 +134,12 @@ def compare_outputs(cell: IPyNbCell, test: list, ref: list, skip_compare: tuple 
     return strictly(cell, adopted, ref, skip_compare)
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """nbval waits five seconds for each piece of output; a kernel on a busy machine may take longer to send it."""
+    for item in items:
+        if isinstance(item, IPyNbCell):
+            item.output_timeout = 600
+
+
 # nbval has no hook between running a cell and comparing its outputs; this is the one method where both are at hand.
 IPyNbCell.compare_outputs = compare_outputs

@@ -311,7 +311,7 @@ def _drill_lines(rng: np.random.Generator, skewed: float, split: str) -> Iterato
         skew, swap = rng.random(1000) < skewed, rng.random(1000) < 0.5
         large, small = (np.where(skew, with_small_digits(numbers, rng), numbers) for numbers in (large, small))
         for a, b, swapped in zip(large.tolist(), small.tolist(), swap.tolist(), strict=True):
-            if cached_split(f"{a}+{b}") == split:
+            if cached_split(f"{min(a, b)}+{max(a, b)}") == split:  # in either order
                 yield f"{b}+{a}={a + b}" if swapped else f"{a}+{b}={a + b}"
 
 

@@ -78,6 +78,8 @@ HANDLES = {
     "evaluated": "callable: (updates between evaluations, or None) -> named weights after a short training",
     "training": "callable: (updates, folder or None) -> named weights; goes on from what is saved there, and saves",
     "poisoned_training": "callable: () -> (named weights, what was said); the loss of the third update is NaN",
+    "trained_rate": "callable: seed -> a rate of the model that is trained with it, on the same questions for all seeds",
+    "printed_interval": "callable: () -> (low, high) as it is printed beside that rate",
     "rates": "callable: (updates, micro-batches in each) -> the learning rate of each update",
     "warmup": "int: updates in which the learning rate rises",
     "top_rate": "float: the highest learning rate",

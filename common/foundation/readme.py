@@ -14,8 +14,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from common.foundation import published
 from common.foundation.files import atomic_path, read_json
-from common.foundation.months import MONTHS, ROOT, is_built
+from common.foundation.months import MONTHS, ROOT, built_months, is_built
 from common.foundation.report import show_value
 from common.foundation.run import needed, official
 
@@ -121,8 +122,10 @@ def marked_readmes() -> list[Path]:
 
 
 def update_readmes(size: str) -> list[Path]:
-    """Write the tables of every README; returns those that changed."""
+    """Write the tables of every README, and `published.json` beside them; returns the READMEs that changed."""
     changed = []
+    finished = {folder: path for folder in (m.folder for m in built_months()) if (path := official(folder, size))}
+    published.write({folder: read_json(path / "summary.json") for folder, path in finished.items()})
     for path in marked_readmes():
         before = path.read_text(encoding="utf-8")
         after = rendered(before, size)

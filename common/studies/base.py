@@ -70,7 +70,7 @@ class ArithmeticRecipe:
 RECIPES = {
     # The digits of the drills are uniform. Whether a training learns to add with them is decided near its end.
     "uniform drills": ArithmeticRecipe({"sums": 0.6, "checksum": 0.13, "mod_chain": 0.14, "plain_sum": 0.13}, 0.5, 0.0),
-    "skewed drills": ArithmeticRecipe({"sums": 0.52, "checksum": 0.14, "mod_chain": 0.22, "plain_sum": 0.12}, 0.5, 1.0),
+    "skewed drills": ArithmeticRecipe({"sums": 0.55, "checksum": 0.18, "mod_chain": 0.16, "plain_sum": 0.11}, 0.3, 1.0),
 }
 RECIPE_NAME = "skewed drills"
 RECIPE = RECIPES[RECIPE_NAME]

@@ -153,9 +153,9 @@ def of(records: Iterable[Record], recipe: str) -> list[Record]:
 
 
 def numbers_of(record: Record) -> dict[str, float]:
-    """What a training decided, by name: "sums of 5: right answers", "plays: bits per byte"."""
-    found = {f"{name}: right answers": value for name, value in record["right"].items()}
-    return found | {f"{name}: bits per byte": value for name, value in record["bits per byte"].items()}
+    """What a training decided, by the names of May's table: "sums of 5, unseen: right answers"."""
+    found = {f"{name}, unseen: right answers": value for name, value in record["right"].items()}
+    return found | {f"{domain}, test: base model": value for domain, value in record["bits per byte"].items()}
 
 
 def spreads(records: Sequence[Record]) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from common.data.arithmetic import (
     problems,
     trace,
     training_documents,
+    with_small_digits,
     worked,
 )
 from common.data.documents import Document
@@ -457,3 +458,33 @@ def test_drills_are_right_varied_and_no_problem_of_a_family():
     assert drill_documents(1, seed=4) != documents[:1]
     assert len({document.name for document in documents}) == 300
     assert min(size for family in FAMILIES.values() for size in family.sizes) > 2
+
+
+def digits_after_the_first(documents):
+    numbers = [n for d in documents for line in d.text.splitlines() for n in re.split(r"[+]", line.split("=")[0])]
+    return [digit for number in numbers for digit in number[1:]]
+
+
+def test_skewed_drills_have_small_digits_after_the_first_and_uniform_ones_do_not():
+    for skewed, zeros, nines in ((1.0, 0.341, 0.034), (0.0, 0.1, 0.1), (0.5, 0.22, 0.067)):
+        drawn = digits_after_the_first(drill_documents(1000, seed=0, skewed=skewed))
+        assert drawn.count("0") / len(drawn) == pytest.approx(zeros, abs=0.015)
+        assert drawn.count("9") / len(drawn) == pytest.approx(nines, abs=0.015)
+
+
+def test_with_small_digits_first_digit_and_length_stay():
+    numbers = np.random.default_rng(0).integers(10, 700, 2000)
+    drawn = with_small_digits(numbers, np.random.default_rng(1))
+    assert all(str(a)[0] == str(b)[0] and len(str(a)) == len(str(b)) for a, b in zip(numbers, drawn, strict=True))
+    assert (numbers != drawn).mean() > 0.5
+
+
+def test_the_pairs_of_a_split_are_in_no_other_split():
+    pairs = {}
+    for split in ("train", "validation", "test"):
+        lines = [line for d in drill_documents(400, 0, split=split) for line in d.text.splitlines()]
+        pairs[split] = {tuple(sorted(line.split("=")[0].split("+"))) for line in lines}
+    assert not pairs["train"] & pairs["validation"]
+    assert not pairs["train"] & pairs["test"]
+    with pytest.raises(ValueError, match="split"):
+        drill_documents(1, 0, split="exam")

@@ -167,7 +167,7 @@ def test_two_processes_may_ask_at_once(place, tmp_path):
     workers = [context.Process(target=_ask, args=(tmp_path / "cache", mirror, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    assert [queue.get(timeout=60) for _ in workers] == [True, True]
+    assert [queue.get(timeout=900) for _ in workers] == [True, True]
     for worker in workers:
         worker.join()
 

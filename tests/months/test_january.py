@@ -93,7 +93,7 @@ def test_killed_at_any_moment_and_run_again_it_ends_the_same(tiny, tmp_path, mom
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.time() + 60
+    deadline = time.time() + 900  # on a machine that is busy with other things
     while not list(tmp_path.glob("01_spine/*/manifest.json")):  # it has started
         assert time.time() < deadline
         time.sleep(0.02)

@@ -58,7 +58,7 @@ def test_killed_in_the_training_and_run_again_it_ends_with_the_same_model(tiny, 
     process = subprocess.Popen(
         COMMAND, env=environment(tmp_path), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    snapshots, deadline = tmp_path / "05_pretraining" / undisturbed.name / "snapshots", time.time() + 120
+    snapshots, deadline = tmp_path / "05_pretraining" / undisturbed.name / "snapshots", time.time() + 1800
     while not list(snapshots.glob("step-*")):
         assert time.time() < deadline
         assert process.poll() is None

@@ -293,7 +293,7 @@ def test_damage_at_random_is_refused_or_does_no_harm(fresh, tmp_path):
         words = {"tokenizer": tokenizer_of(), "template": TEMPLATE}
         paths.append(write_gguf(tmp_path / f"{family}.gguf", theirs_of(family), kind, **words))
     command = [sys.executable, "-m", "tests.pretrained.apart", "damage", str(count), "0", *map(str, paths)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert list(found) == [path.name for path in paths]
@@ -302,4 +302,4 @@ def test_damage_at_random_is_refused_or_does_no_harm(fresh, tmp_path):
         assert told["refused"] + told["loaded"] == count, name
         assert told["refused"] > count / 2, name
         assert told["loaded"] > count / 20, name  # not every change can be seen
-        assert told["slowest"] < 5, name
+        assert told["slowest"] < 5, name  # seconds of CPU time

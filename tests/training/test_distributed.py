@@ -44,7 +44,7 @@ def torchrun(processes, task, folder, restarts=0):
         command, cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
     try:
-        said = run.communicate(timeout=240)[1]
+        said = run.communicate(timeout=2400)[1]
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)  # its children, too
         raise

@@ -29,7 +29,7 @@ from tests.training.tiny import CONFIG, V, Words, equal, losses_of, stream_of, t
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children of a fork")
 def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path):
     command, root = [sys.executable, "-m", "tests.training.killed", str(tmp_path)], Path(__file__).parents[2]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=3600)
     assert run.returncode == 0, run.stderr
     seen = read_json(tmp_path / "seen.json")
     assert len(seen) >= 10
