@@ -17,6 +17,7 @@ import tyro
 from common.cli_models import Positional, Size, chat, doctor, evaluate, finish, parity, sample
 from common.foundation import months as calendar
 from common.foundation import published
+from common.foundation import trainings as records
 from common.foundation.evidence import ClaimFailed
 
 app = tyro.extras.SubcommandApp()
@@ -64,9 +65,9 @@ def against_published(summaries: Mapping[str, Any]) -> tuple[int, list[published
     for folder, summary in summaries.items():
         spreads = {}
         if folder == "05_pretraining":
-            from common.studies import base, trainings
+            from common.studies.base import RECIPE_NAME
 
-            spreads = trainings.spreads(trainings.of(trainings.read(), base.RECIPE_NAME))
+            spreads = records.spreads(records.of(records.read(), RECIPE_NAME))
         count, found = published.departures(folder, summary, spreads=spreads)
         compared, moved = compared + count, moved + found
     return compared, moved
@@ -146,12 +147,13 @@ def trainings(write: bool = False, check: bool = False, size: Size = "small", js
         check: train once, as the year does on this machine, and fail if a number leaves the spread of the committed ones.
     """
     from common.foundation.device import pick_device
+    from common.foundation.plots import save
     from common.foundation.run import configure, ensure, runs_root
     from common.studies import base
-    from common.studies import trainings as study
+    from common.studies.trainings import FORMATS, PICTURE, SEEDS, figure, measure
 
     config = configure(calendar.load("05_pretraining", "run"), size=size)
-    known = study.read() if study.TRAININGS.exists() else []
+    known = records.read() if records.TRAININGS.exists() else []
     wrong = []
     if write or check:
         with redirect_stdout(sys.stderr):
@@ -164,20 +166,21 @@ def trainings(write: bool = False, check: bool = False, size: Size = "small", js
         scratch = runs_root() / "05_pretraining" / "trainings"
     if write:
 
-        def keep(record: study.Record) -> None:
+        def keep(record: records.Record) -> None:
             known.append(record)
-            study.write(known)
+            records.write(known)
 
-        study.measure(list(base.RECIPES)[::-1], study.SEEDS, study.FORMATS, scratch, keep=keep, known=known, **given)
+        measure(list(base.RECIPES)[::-1], SEEDS, FORMATS, scratch, keep=keep, known=known, **given)
+        save(figure(known), PICTURE, caption="")
     if check:
         format = str(pick_device().dtype).removeprefix("torch.")
-        (fresh,) = study.measure([base.RECIPE_NAME], [config.seed], [format], scratch, **given)
-        wrong = study.departures(study.numbers_of(fresh), study.of(known, base.RECIPE_NAME))
+        (fresh,) = measure([base.RECIPE_NAME], [config.seed], [format], scratch, **given)
+        wrong = records.departures(records.numbers_of(fresh), records.of(known, base.RECIPE_NAME))
         print(
             "\n".join(wrong) if wrong else "the base model: every number within the spread of the committed trainings"
         )
     else:
-        print(study.table(known))
+        print(records.table(known))
     finish({"trainings": len(known), "problems": wrong}, json)
     if wrong:
         sys.exit(1)

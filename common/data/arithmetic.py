@@ -292,6 +292,8 @@ def drill_documents(
         split: the pairs have a split of their own, by their hash, so that some are in no drill.
 
     >>> print(drill_documents(1, seed=0, lines=2)[0].text)
+    220+70=290
+    81+31=112
     """
     _known("split", split, FRACTIONS)
     said = itertools.islice(_drill_lines(_rng(seed, "drills", split), skewed, split), count * lines)

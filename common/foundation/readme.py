@@ -5,7 +5,8 @@
     <!-- /numbers:01_spine -->
 
 Blocks: `numbers:<month>` and `samples:<month>` (of a month's latest run), `year` (all months), `gallery` (what gallery.csv
-says) and `size` (how much there is to read). A test renders them again from a fresh run and compares.
+says), `size` (how much there is to read) and `trainings` (several trainings of the base model). A test renders them again
+from a fresh run and compares.
 """
 
 import csv
@@ -14,7 +15,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from common.foundation import published
+from common.foundation import published, trainings
 from common.foundation.files import atomic_path, read_json
 from common.foundation.months import MONTHS, ROOT, built_months, is_built
 from common.foundation.report import show_value
@@ -36,9 +37,19 @@ def numbers_table(folder: str, size: str) -> str:
     directory = needed(folder, size)
     summary = read_json(directory / "summary.json")
     lines = ["| number | value, 95 % interval | unit | note |", "|---|---|---|---|"]
+    spreads = year_spreads() if folder == "05_pretraining" and size == "small" else {}
     for row in summary["numbers"]:
-        lines.append(f"| {row['name']} | {show_value(row['value'])} | {row['unit']} | {row['note']} |")
+        note, trained = row["note"], spreads.get(row["name"])
+        if trained:
+            note = f"{note}; {len(trained)} trainings: {min(trained):.3f} to {max(trained):.3f}"
+        lines.append(f"| {row['name']} | {show_value(row['value'])} | {row['unit']} | {note} |")
     return "\n".join([*lines, "", f"Size `{size}`, config `{directory.name}`."])
+
+
+def year_spreads() -> dict[str, list[float]]:
+    """Each number of the base model over the trainings of the recipe that the year uses: the first in the file."""
+    records = trainings.read() if trainings.TRAININGS.exists() else []
+    return trainings.spreads(trainings.of(records, records[0]["recipe"])) if records else {}
 
 
 def samples_text(folder: str, size: str) -> str:
@@ -102,13 +113,18 @@ def rendered(text: str, size: str, *, leave: Collection[str] = ()) -> str:
         name, folder = match["name"], match["folder"]
         if folder in leave:
             return match[0]
-        make = {"year": lambda: year_table(size), "gallery": gallery_sentence, "size": size_sentence}
+        make = {
+            "year": lambda: year_table(size),
+            "gallery": gallery_sentence,
+            "size": size_sentence,
+            "trainings": lambda: trainings.table(trainings.read()),
+        }
         of_month = {"numbers": numbers_table, "samples": samples_text}
         body = of_month[name](folder, size) if folder else make[name]()
         mark = name if folder is None else f"{name}:{folder}"
         return f"<!-- {mark} -->\n{body}\n<!-- /{mark} -->"
 
-    opening = r"<!-- (?P<name>year|numbers|samples|gallery|size)(?::(?P<folder>\w+))? -->"
+    opening = r"<!-- (?P<name>year|numbers|samples|gallery|size|trainings)(?::(?P<folder>\w+))? -->"
     pattern = opening + r"\n.*?<!-- /(?P=name)(?::(?P=folder))? -->"
     return re.sub(pattern, block, text, flags=re.DOTALL)
 

@@ -321,6 +321,13 @@ def report(
         )
         caption = "Scored by the evaluator, which aligns targets on its own. The same documents at every look."
         figures.append(save(figure, place(f"curves-{what.replace(' ', '-')}.png"), caption=caption))
+    found = {"the whole number": "drills", "its last digit": "drills, last digit"}
+    figure = curves(
+        at, {label: [row[name] for row in points] for label, name in found.items()},
+        title="Additions that no drill states", xlabel="million tokens", ylabel="rate right", level=("guessed digit", 0.1),
+    )  # fmt: skip
+    caption = "Results such as that of 65+468=533, read within documents of bare additions."
+    figures.append(save(figure, place("drills.png"), caption=caption))
     return claims, rows, figures, samples, spent
 
 

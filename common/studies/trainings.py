@@ -1,32 +1,27 @@
-"""How far apart trainings of one recipe end: three seeds and two number formats of the base model, old recipe and new.
+"""Training the base model again and again: three seeds and two number formats, the old recipe and the new one.
 
-An interval over questions says what another set of questions would have given the *same* model. Nothing in it says what
-another seed, or another processor with its own roundings, would have given. For that one has to train again.
-
-`05_pretraining/trainings.json` holds one record a training. It is measured by `python -m common trainings --write`, which
-takes an hour and a half on two cores, and committed; the article's table and figure are made from it, and the year compares
-its own base model with it.
+The records, and what they say together, are in common/foundation/trainings.py.
 """
 
 import contextlib
 import shutil
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from common.evaluation.drills import score_drills
 from common.foundation.device import matmul_flops
-from common.foundation.files import read_json, write_json
 from common.foundation.machine import cpu_name
 from common.foundation.months import ROOT
 from common.foundation.parallel import each
-from common.foundation.plots import curves
-from common.foundation.statistics import departs
+from common.foundation.plots import COLOURS, use_style
+from common.foundation.trainings import Record, key
 from common.generation.engine import Engine
 from common.model.config import ModelConfig
 from common.studies import base
@@ -34,15 +29,10 @@ from common.tokenization.bpe import BPETokenizer
 from common.training.distributed import World
 from common.training.rounding import rounded_products
 
-TRAININGS = ROOT / "05_pretraining" / "trainings.json"
 FORMATS = ("float32", "bfloat16")
 SEEDS = (0, 1, 2)
 LOOKS = 20  # points of the curves
-Record = dict[str, Any]
-
-
-def key(record: Mapping[str, Any]) -> str:
-    return f"{record['recipe']}, seed {record['seed']}, {record['format']}"
+PICTURE = ROOT / "05_pretraining" / "trainings.png"  # in the article
 
 
 def train_one(
@@ -129,85 +119,19 @@ def measure(
     return each(train_one, jobs, label="base trainings", seen=lambda job, record: keep(record))
 
 
-def read(path: Path = TRAININGS) -> list[Record]:
-    """The committed records. Raises FileNotFoundError that says which command makes them."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; measure it with: python -m common trainings --write")
-    return read_json(path)["trainings"]
-
-
-def write(records: Iterable[Record], path: Path = TRAININGS) -> None:
-    """Sorted, so that the order of the trainings does not show."""
-    write_json(
-        path,
-        {
-            "trainings": sorted(
-                records, key=lambda r: (list(base.RECIPES).index(r["recipe"]), r["format"] != "float32", r["seed"])
-            )
-        },
-    )
-
-
-def of(records: Iterable[Record], recipe: str) -> list[Record]:
-    return [record for record in records if record["recipe"] == recipe]
-
-
-def numbers_of(record: Record) -> dict[str, float]:
-    """What a training decided, by the names of May's table: "sums of 5, unseen: right answers"."""
-    found = {f"{name}, unseen: right answers": value for name, value in record["right"].items()}
-    return found | {f"{domain}, test: base model": value for domain, value in record["bits per byte"].items()}
-
-
-def spreads(records: Sequence[Record]) -> dict[str, list[float]]:
-    """Each number over the trainings."""
-    rows = [numbers_of(record) for record in records]
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def table(records: Sequence[Record]) -> str:
-    """A row for each number, a column for each recipe: mean [lowest, highest] over its trainings."""
-    recipes = [name for name in base.RECIPES if of(records, name)]
-    counts = {name: len(of(records, name)) for name in recipes}
-    head = (
-        "| over trainings: mean [lowest, highest] | "
-        + " | ".join(f"{n}, {counts[n]} trainings" for n in recipes)
-        + " |"
-    )
-    columns = {name: spreads(of(records, name)) for name in recipes}
-    lines = [head, "|---" * (len(recipes) + 1) + "|"]
-    for row in columns[recipes[0]]:
-        lines.append(f"| {row} | {' | '.join(shown(columns[name][row]) for name in recipes)} |")
-    return "\n".join(lines)
-
-
-def transition(record: Record, rate: float = 0.5) -> float | None:
-    """The share of the training after which this rate of held-out drills was right for the first time."""
-    return next((point[0] for point in record["drills"] if point[1] >= rate), None)
-
-
 def figure(records: Sequence[Record]) -> Figure:
-    """Held-out drills over the training: a line for each training, a colour for each recipe."""
-    lines = {key(record): [point[1] for point in record["drills"]] for record in records}
-    at = {key(record): [point[0] for point in record["drills"]] for record in records}
-    return curves(
-        at, lines, title="Held-out additions, right as a whole", xlabel="share of the training", ylabel="rate"
-    )
-
-
-def departures(fresh: Mapping[str, float], records: Sequence[Record]) -> list[str]:
-    """Sentences about each number of a new training that lies where the published ones say that it will not."""
-    known = spreads(records)
-    return [
-        f"{name}: {value:.3f}, published {shown(known[name])}"
-        for name, value in fresh.items()
-        if name in known and departs(value, known[name])
-    ]
-
-
-def shown(values: Sequence[float]) -> str:
-    """Mean [lowest, highest].
-
-    >>> shown([0.5, 0.7])
-    '0.600 [0.500, 0.700]'
-    """
-    return f"{statistics.fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+    """Held-out additions over the training: a line for each training, a colour for each recipe, dashed in bf16."""
+    use_style()
+    drawn, axes = plt.subplots()
+    colours = dict(zip(dict.fromkeys(record["recipe"] for record in records), COLOURS, strict=False))
+    for record in records:
+        dashed = record["format"] == "bfloat16"
+        axes.plot(
+            [point[0] for point in record["drills"]], [point[1] for point in record["drills"]],
+            color=colours[record["recipe"]], linestyle="--" if dashed else "-", label=key(record), alpha=0.8,
+        )  # fmt: skip
+    axes.set(title="Additions that no drill states", xlabel="share of the training", ylabel="right as a whole")
+    handles = [Line2D([], [], color=colour, label=recipe) for recipe, colour in colours.items()]
+    handles.append(Line2D([], [], color="0.4", linestyle="--", label="products in bf16"))
+    axes.legend(handles=handles, loc="lower right")
+    return drawn

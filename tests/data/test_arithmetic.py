@@ -451,7 +451,7 @@ def test_drills_are_right_varied_and_no_problem_of_a_family():
     lines = [line for document in documents for line in document.text.splitlines()]
     parts = [re.fullmatch(r"(\d+)\+(\d+)=(\d+)", line) for line in lines]
     assert all(int(p[1]) + int(p[2]) == int(p[3]) for p in parts)
-    assert len(set(lines)) > 0.9 * len(lines)
+    assert len(set(lines)) > 0.8 * len(lines)
     assert {len(p[3]) for p in parts} == {2, 3}
     assert drill_documents(300, seed=3) == documents
     assert drill_documents(100, seed=3) == documents[:100]
