@@ -5,8 +5,10 @@ has one order: results do not depend on how many cores there are.
 """
 
 import functools
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -60,15 +62,25 @@ def each(
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Kept until the end: a worker takes seconds to import torch."""
     with environment(QUIET):
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=leave_interrupts_to_the_parent)
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=belong_to_the_parent)
         for one in [pool.submit(time.sleep, 0.05) for _ in range(workers)]:  # start all of them in this environment
             one.result()
     return pool
 
 
-def leave_interrupts_to_the_parent() -> None:
-    """Ctrl-C reaches every process of a terminal; one of them should speak."""
+def belong_to_the_parent() -> None:
+    """Called first in a process that was started for its parent: leave interrupts to it, and leave with it.
+
+    Ctrl-C reaches every process of a terminal, and one of them should speak. A parent that was killed must not leave
+    processes behind that go on computing and writing.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+
+
+def _leave_with_the_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _call(work: Callable[..., Result], job: Mapping[str, Any]) -> tuple[Result, float]:

@@ -17,7 +17,6 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.foundation.parallel import environment, leave_interrupts_to_the_parent
+from common.foundation.parallel import belong_to_the_parent, environment
 
 Parallel = Literal["none", "data", "shards"]
 
@@ -167,8 +166,7 @@ def spread(work: Callable[..., None], processes: int, *arguments: Any) -> None:
 
 
 def _member(rank: int, size: int, meeting: str, work: Callable[..., None], *arguments: Any) -> None:
-    leave_interrupts_to_the_parent()
-    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    belong_to_the_parent()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(minutes=10))
     try:
@@ -176,9 +174,3 @@ def _member(rank: int, size: int, meeting: str, work: Callable[..., None], *argu
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def _leave_with_the_parent() -> None:
-    """A killed parent must not leave processes behind that go on writing."""
-    multiprocessing.parent_process().join()
-    os._exit(1)

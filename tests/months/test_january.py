@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from common.evaluation.runner import read_traces
+from common.foundation import published
 from common.foundation.compare import compare
 from common.foundation.files import read_json, write_json
 from common.foundation.months import ROOT, load
 from common.foundation.readme import marked_readmes, rendered
 from common.foundation.reproduce import reproduce
-from common.foundation.run import configure, ensure, status
+from common.foundation.run import configure, ensure, official, status
 
 
 def spine(*words, runs, check=True, **environment):
@@ -236,3 +237,7 @@ def test_the_numbers_in_the_readmes_are_those_of_a_run(tmp_path, monkeypatch):
             else:
                 same = there == here or (trains and close_enough(there, here))
             assert same, f"{path}: not current; python -m common report --readme\n{there}\n{here}"
+    for folder in ("01_spine", "02_tokenization", "03_attention", "04_blocks"):
+        compared, moved = published.departures(folder, read_json(official(folder, "small") / "summary.json"))
+        assert compared
+        assert not moved, published.sentence(compared, moved)
