@@ -62,7 +62,7 @@ def departure(
     apart = abs(new - old)
     if not trained or isinstance(published, int):
         return "" if apart <= EXACT * abs(old) else "a number that no training decides"
-    if trainings:
+    if len(trainings) > 1:
         return f"outside what {len(trainings)} trainings predict" if departs(new, trainings) else ""
     if isinstance(published, Mapping) and published["low"] <= new <= published["high"]:
         return ""

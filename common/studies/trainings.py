@@ -75,14 +75,14 @@ def train_one(
 
     def look(model: torch.nn.Module, done: int) -> dict[str, float]:
         score = score_drills(model, words, base.held_out_drills())
-        return {"whole": score.whole, "first": score.first, "last": score.last}
+        return {"whole": score.whole, "last": score.last}
 
     trainer.evaluate = look
     with contextlib.nullcontext() if native else rounded_products():
         trainer.train()
     model = trainer.model
     curve = [
-        [round(row["step"] / updates, 3), *(round(row[name], 3) for name in ("whole", "first", "last"))]
+        [round(row["step"] / updates, 3), *(round(row[name], 3) for name in ("whole", "last"))]
         for row in trainer.evaluations
     ]
     solved = base.answers(Engine(model, words), questions)
@@ -91,7 +91,7 @@ def train_one(
     return {
         "recipe": recipe, "seed": seed, "format": format, "products": format if native else "bfloat16, rounded in float32",
         "processor": cpu_name(), "kernels": torch.backends.cpu.get_cpu_capability(), "tokens": len(data.ids),
-        "updates": updates, "questions": questions,
+        "updates": updates, "processes": 1, "questions": questions,
         "right": {name: round(found["answer"].mean, 4) for name, found in solved.items()},
         "every step right": {name: round(found["trace"].mean, 4) for name, found in solved.items()},
         "bits per byte": {name: round(value.mean, 4) for name, value in scores.items()},

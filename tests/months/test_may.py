@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from common.foundation import trainings
 from common.foundation.files import read_json, read_json_lines
 from common.foundation.months import ROOT, load
 from common.foundation.run import configure, run_directory, status
+from common.studies.base import RECIPE_NAME
 from common.training.checkpoint import load_with_tokenizer
 
 COMMAND = [sys.executable, "-m", "common", "month", "5", "--size", "tiny"]
@@ -113,3 +115,14 @@ def test_the_table_in_the_article_has_the_rows_of_a_run(tiny):
     assert rows == [row["name"] for row in summary["numbers"]]
     config = configure(load("05_pretraining", "run"), size="small")
     assert f"config `{run_directory('05_pretraining', config).name}`" in table
+
+
+def test_every_committed_training_of_the_recipe_can_do_what_later_months_build_on():
+    mine = trainings.of(trainings.read(), RECIPE_NAME)
+    assert len({record["seed"] for record in mine}) >= 2
+    for record in mine:
+        right, name = record["right"], trainings.key(record)
+        assert right["sums of 3"] >= 0.9, name
+        assert 0.5 <= right["sums of 5"] <= 0.9, name  # something is left to improve
+        assert min(right["checksum of 6"], right["mod_chain of 6"]) >= 0.7, name
+        assert trainings.transition(record) <= 0.5, name  # far from the end

@@ -12,7 +12,7 @@ def record(recipe, seed, format, sums):
     return {
         "recipe": recipe, "seed": seed, "format": format,
         "right": {"sums of 3": sums}, "bits per byte": {"plays": 2.2},
-        "drills": [[0.0, 0.0, 0.0, 0.1], [0.5, sums, 1.0, sums], [1.0, 1.0, 1.0, 1.0]],
+        "drills": [[0.0, 0.0, 0.1], [0.5, sums, sums], [1.0, 1.0, 1.0]],
     }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_a_training_that_could_not_add_is_a_departure():
 def test_the_transition_is_where_half_is_right_for_the_first_time():
     assert trainings.transition(RECORDS[1]) == 0.5
     assert trainings.transition(RECORDS[2]) == 1.0
-    assert trainings.transition({"drills": [[0.0, 0.0, 0.0, 0.0]]}) is None
+    assert trainings.transition({"drills": [[0.0, 0.0, 0.0]]}) is None
 
 
 def test_records_are_kept_in_one_order_and_the_figure_has_a_line_for_each(tmp_path):
