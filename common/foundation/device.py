@@ -39,6 +39,11 @@ class Device:
         return torch.bfloat16 if self.bf16_flops > 1.1 * self.fp32_flops else torch.float32
 
     @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 products run at about the speed of fp32: without the instructions they take fifty times longer."""
+        return self.bf16_flops > 0.5 * self.fp32_flops
+
+    @property
     def peak_flops(self) -> float:
         """The measured peak in the chosen format: what utilisation is a fraction of."""
         return max(self.fp32_flops, self.bf16_flops) if self.dtype == torch.bfloat16 else self.fp32_flops

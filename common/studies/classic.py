@@ -13,6 +13,7 @@ import torch
 
 from common.data.corpora import tiny_shakespeare
 from common.data.stream import RandomWindows
+from common.foundation.device import pick_device
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.training.loss import language_model_loss
@@ -105,6 +106,8 @@ def run_recipe(
         "flops_per_character": of an update, forward and backward.
     """
     model = make_model(recipe, len(text.alphabet), seed)
+    rounded = recipe.dtype == "bfloat16" and not pick_device("cpu").has_bf16
+    dtype = torch.float32 if rounded else getattr(torch, recipe.dtype)
     if recipe.optimizer == "adamw":  # torch's own fused step: the fastest there is for the baseline
         decays = {"hidden": 0.1, "table": 0.1, "plain": 0.0}
         groups = groups_of(model)
@@ -112,7 +115,6 @@ def run_recipe(
         torchs = torch.optim.AdamW(rows, lr=recipe.learning_rate, betas=(0.9, 0.99), fused=True)
         optimizers = Optimizers([torchs], dict(model.named_parameters()))
     else:
-        dtype = getattr(torch, recipe.dtype)
         optimizers = make_optimizers(
             model, "muon", learning_rate=recipe.learning_rate, weight_decay=0.1, muon_dtype=dtype
         )
@@ -126,7 +128,7 @@ def run_recipe(
 
     stream = RandomWindows(text.train, length=CONTEXT, batch_size=recipe.rows, seed=seed)
     schedule = Schedule(steps, recipe.warmup, recipe.kind, floor=0.1 if recipe.kind == "cosine" else 0.0)
-    settings = Settings(dtype=getattr(torch, recipe.dtype), evaluate_every=every)
+    settings = Settings(dtype=dtype, rounded=rounded, evaluate_every=every)
     Trainer(model, stream, optimizers, schedule, settings, evaluate=score, label="classic").train()
     return {
         "curve": curve,

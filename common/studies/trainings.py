@@ -3,7 +3,6 @@
 The records, and what they say together, are in common/foundation/trainings.py.
 """
 
-import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from common.evaluation.drills import score_drills
-from common.foundation.device import matmul_flops
+from common.foundation.device import pick_device
 from common.foundation.machine import cpu_name
 from common.foundation.months import ROOT
 from common.foundation.parallel import each
@@ -27,7 +26,6 @@ from common.model.config import ModelConfig
 from common.studies import base
 from common.tokenization.bpe import BPETokenizer
 from common.training.distributed import World
-from common.training.rounding import rounded_products
 
 FORMATS = ("float32", "bfloat16")
 SEEDS = (0, 1, 2)
@@ -65,7 +63,7 @@ def train_one(
     words.save(place / "tokenizer.json")
     config = ModelConfig(**shape)
     updates = len(data.ids) // (rows * config.context_length)
-    native = format == "float32" or matmul_flops("cpu", torch.bfloat16) > 0.5 * matmul_flops("cpu", torch.float32)
+    native = format == "float32" or pick_device("cpu").has_bf16
     job = base.Pretraining(
         config, str(place / "stream.npy"), str(place / "tokenizer.json"), str(place / "snapshots"), data.looks, rows,
         max(1, updates // LOOKS), seed, dtype=format if native else "float32", **rates,
@@ -78,8 +76,8 @@ def train_one(
         return {"whole": score.whole, "last": score.last}
 
     trainer.evaluate = look
-    with contextlib.nullcontext() if native else rounded_products():
-        trainer.train()
+    trainer.settings.rounded = not native
+    trainer.train()
     model = trainer.model
     curve = [
         [round(row["step"] / updates, 3), *(round(row[name], 3) for name in ("whole", "last"))]

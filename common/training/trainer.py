@@ -31,6 +31,7 @@ from common.training.distributed import World, gathered, inner
 from common.training.loss import bits
 from common.training.objectives import NextToken, Objective, Prepared, loss_of
 from common.training.optimizers import Optimizers
+from common.training.rounding import rounded_products
 from common.training.schedules import Schedule
 from common.training.snapshots import Snapshots
 
@@ -50,6 +51,7 @@ class Settings:
         accumulate: micro-batches for one update.
         clip: largest norm of the gradient over all parameters; None never clips.
         dtype: bf16 computes products in it by `torch.autocast`; weights, sums and the loss stay fp32.
+        rounded: compute products in fp32 and round them to bf16, for processors on which bf16 itself is slow.
         evaluate_every, save_every: updates between; None only at the end.
     """
 
@@ -57,6 +59,7 @@ class Settings:
     accumulate: int = 1
     clip: float | None = 1.0
     dtype: torch.dtype = torch.float32
+    rounded: bool = False
     evaluate_every: int | None = None
     save_every: int | None = None
 
@@ -231,6 +234,8 @@ class Trainer:
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         dtype = self.settings.dtype
+        if self.settings.rounded:
+            return rounded_products()
         return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
     def _evaluate(self) -> None:

@@ -1,13 +1,17 @@
 """bf16 by rounding: the same as torch's own bf16 products, forward and backward, to the last bit of bf16."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from common.data.stream import RandomWindows
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
+from common.studies.quick import quick_training
 from common.training.loss import chunked_language_model_loss
 from common.training.rounding import rounded_products
+from common.training.trainer import Settings
 
 
 def made(product, rounded):
@@ -51,3 +55,27 @@ def test_the_loss_that_never_holds_its_logits_is_rounded_as_well():
         rounded = chunked_language_model_loss(hidden, head, targets).sum
     assert plain != rounded
     torch.testing.assert_close(plain, rounded, rtol=0.02, atol=0.0)
+
+
+def test_a_training_with_rounded_products_is_near_one_in_bf16_and_evaluates_without():
+    losses = {}
+    for name, settings in {
+        "bf16": Settings(dtype=torch.bfloat16),
+        "rounded": Settings(rounded=True),
+        "fp32": Settings(),
+    }.items():
+        tokens = np.random.default_rng(0).integers(0, 32, 4000)
+        model = Transformer(ModelConfig(vocab_size=32, context_length=16, layers=2, width=32, heads=2), seed=1)
+        seen = []
+
+        def look(model, done, seen=seen):
+            seen.append(float(model(torch.arange(16)[None]).logits.sum()))
+            return {}
+
+        trainer = quick_training(
+            model, RandomWindows(tokens, length=16, batch_size=8), 12, settings=settings, evaluate=look
+        )
+        losses[name] = [row["loss"] for row in trainer.train().history]
+        assert seen[-1] == float(model(torch.arange(16)[None]).logits.sum())
+    assert losses["rounded"] != losses["fp32"]
+    assert losses["rounded"] == pytest.approx(losses["bf16"], abs=0.02)
