@@ -230,9 +230,11 @@ def test_the_numbers_in_the_readmes_are_those_of_a_run(tmp_path, monkeypatch):
         text = path.read_text(encoding="utf-8")
         for there, here in zip(text.splitlines(), rendered(text, "small", leave=LONG).splitlines(), strict=True):
             trains = (path.parent.name[:2] >= "03" and path.parent.name[:1].isdigit()) or re.match(
-                r"\| \[(0[3-9]|1)", there
+                r"(\| )?\[(0[3-9]|1)", there
             )
-            if any(f"({folder}/" in there for folder in LONG):  # a row of the year's table
+            if path.parent == ROOT and there.startswith("| [0"):  # a row of the year's table: its run time is a clock's
+                there, here = (" | ".join(cells(row)[:3] + cells(row)[4:]) for row in (there, here))
+            if any(f"({folder}/" in there for folder in LONG):
                 same = cells(there)[:2] == cells(here)[:2]
             else:
                 same = there == here or (trains and close_enough(there, here))
