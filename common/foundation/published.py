@@ -53,8 +53,8 @@ def departure(
         trained: whether a training decides it. A whole number that is no mean is a count all the same.
         trainings: the same number of several trainings, where they were measured.
 
-    >>> departure(1.0001, 1.0, trained=False), departure(0.03, 0.9, trained=True, trainings=[0.7, 0.9, 0.8])
-    ('', 'outside what 3 trainings predict')
+    >>> departure(1.0001, 1.0, trained=False), departure(0.03, 0.9, trained=True, trainings=[0.9, 0.85, 0.95, 0.9])
+    ('', 'outside what 4 trainings predict')
     """
     new, old = mean_of(fresh), mean_of(published)
     if not math.isfinite(old) or not math.isfinite(new):
