@@ -25,12 +25,21 @@ class Document:
 
 @dataclass(frozen=True)
 class Batch:
-    """Aligned rows. `document_ids` is -1 at padding; `loss_mask` is True where a target counts."""
+    """Rows of inputs with the target of each place.
+
+    Attributes:
+        loss_mask: True where a target counts in the loss.
+        document_ids: equal within a document of a row, and -1 at padding. Attention stays within a document.
+    """
 
     inputs: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
     loss_mask: Bool[Tensor, "B T"]
     document_ids: Int[Tensor, "B T"]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device, copied without waiting where that is possible."""
+        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Int[Tensor, "T"]]:

@@ -2,27 +2,58 @@
 
 The stream is `<eot> d1 <eot> d2 … <eot>`. A chunk of T inputs begins where the last one ended, and its targets are the
 same tokens one place later, so N tokens give N - 1 pairs and none is lost or counted twice, at any length. The last chunk is
-filled up and masked. Documents are told apart by `document_ids`, from which common/model/masks.py makes positions and masks.
+padded and masked. Documents are told apart by `document_ids`, from which common/model/masks.py makes positions and masks.
 
-Order and position are a function of (seed, epoch, step): resuming needs two numbers and no replay.
+Order and position are a function of (seed, epoch, step): resuming needs two numbers and no replay. Examples that must stay
+whole have a stream of their own, in packing.py.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from common.data.documents import Batch
 from common.foundation.files import sha256_bytes
 
 
+class Stream(Protocol):
+    """An endless source of batches that can be resumed: what a Trainer draws from.
+
+    A stream is a function of its arguments and its state, so that a stream that is made again and given `state_dict()`
+    continues with the very batch that the old one would have returned next.
+
+    Attributes:
+        epoch: the number of complete passes over the data so far; 0 where there are no passes.
+    """
+
+    epoch: int
+
+    def next_batch(self) -> Any:
+        """The next batch of this process, of whatever type the objective prepares."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain values that JSON can hold."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there. Raises ValueError if the state belongs to another stream, and then changes nothing."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ledger:
-    """Where the tokens of an epoch went. `counted + cropped == pairs`: nothing disappears."""
+    """Where the targets of an epoch went. `counted + cropped == pairs`: nothing disappears.
+
+    Attributes:
+        pairs: (input, target) pairs that should count.
+        counted: pairs that count in some row.
+        padded: places of the rows that hold no token.
+        cropped: pairs that were cut off.
+    """
 
     pairs: int
     counted: int
@@ -35,15 +66,15 @@ class BatchStream:
 
     Args:
         tokens: the stream; anything that can be sliced and has a length, such as `Shards` or a NumPy array.
-        length: T, inputs in a row.
-        batch_size: B, rows in a batch of this rank.
+        length: T, the number of inputs in a row.
+        batch_size: B, the number of rows in a batch of this rank.
         end_of_text: the id that opens each document.
-        seed: of the order; each epoch has its own.
-        shuffle: False reads in order.
-        rank, world_size: this process and how many there are. Chunks are shuffled first and dealt out afterwards, so that
-            all ranks together see what one would.
+        seed: decides the order, together with the number of the epoch.
+        shuffle: False reads the chunks in their order in the stream.
+        rank, world_size: this process and the number of processes. Chunks are shuffled first and dealt out afterwards, so
+            that all ranks together see what a single one would.
     Raises:
-        ValueError: a stream with fewer than two tokens, or impossible numbers.
+        ValueError: the stream has fewer than two tokens, or a number is impossible.
     """
 
     def __init__(
@@ -76,12 +107,12 @@ class BatchStream:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of this rank in an epoch; the last may have rows that are all padding."""
+        """The number of batches of this rank in an epoch; the last may have rows that are all padding."""
         return -(-self.chunks // (self.batch_size * self.world_size))
 
     @property
     def ledger(self) -> Ledger:
-        """Of one epoch over all ranks."""
+        """The account of one epoch, over all ranks."""
         rows = self.steps_per_epoch * self.batch_size * self.world_size
         pairs = len(self.tokens) - 1
         return Ledger(pairs=pairs, counted=pairs, padded=rows * self.length - pairs)
@@ -92,12 +123,12 @@ class BatchStream:
         return np.random.default_rng((self.seed, epoch)).permutation(self.chunks)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end, from where the stream stands."""
+        """Yield batches without end, from where the stream stands."""
         while True:
             yield self.next_batch()
 
     def epoch_batches(self) -> Iterator[Batch]:
-        """The batches that are left of this epoch."""
+        """Yield the batches that are left of this epoch."""
         for _ in range(-(-(self.chunks - self.consumed) // (self.batch_size * self.world_size))):
             yield self.next_batch()
 
@@ -125,7 +156,7 @@ class BatchStream:
         return Batch(inputs, targets, loss_mask, document_ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep. It counts chunks, not steps, so it holds for another number of ranks."""
+        """What a snapshot must keep. It counts chunks and not steps, so it holds for another number of ranks as well."""
         return {"epoch": self.epoch, "consumed": self.consumed, "identity": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,9 +180,9 @@ class BatchStream:
 
 
 class RandomWindows:
-    """Windows at random places of one long text: every batch is a function of its number. No epochs, no documents.
+    """Windows at random places of one long text, without epochs and documents: every batch is a function of its number.
 
-    What nanoGPT does. Simple, and some pairs are seen often while others are never seen.
+    This is what nanoGPT does. It is simple, but some pairs are seen often and others never.
     """
 
     epoch = 0
@@ -179,40 +210,3 @@ class RandomWindows:
             raise ValueError(f"this state belongs to seed {state['seed']}, the stream has {self.seed}")
         self.number = state["number"]
 
-
-def pack(sequences: Sequence[Int[Tensor, "N"]], length: int) -> tuple[list[Batch], Ledger]:
-    """Whole documents into rows of `length` inputs, longest first, each into the fullest row that has room (best fit).
-
-    A document of more than `length` pairs is cut into pieces that are packed separately; a piece after the first has lost
-    its context, but none of its pairs. Returns one batch for each row, and the account: nothing is cropped.
-    """
-    pieces = []
-    for ids in sequences:
-        for start in range(0, len(ids) - 1, length):
-            pieces.append(ids[start : start + length + 1])
-    pieces.sort(key=len, reverse=True)
-    rows: list[list[Tensor]] = []
-    room: list[int] = []
-    for piece in pieces:
-        need = len(piece) - 1
-        fitting = [(free, i) for i, free in enumerate(room) if free >= need]
-        if fitting:
-            _, i = min(fitting)
-        else:
-            i = len(rows)
-            rows.append([])
-            room.append(length)
-        rows[i].append(piece)
-        room[i] -= need
-    batches = []
-    for row in rows:
-        inputs, targets = torch.cat([piece[:-1] for piece in row]), torch.cat([piece[1:] for piece in row])
-        ids = torch.cat([torch.full((len(piece) - 1,), number) for number, piece in enumerate(row)])
-        spare = length - len(inputs)
-        fill = torch.zeros(spare, dtype=torch.int64)
-        mask = torch.arange(length) < len(inputs)
-        whole = [torch.cat([part, fill + value]) for part, value in ((inputs, 0), (targets, 0), (ids, -1))]
-        batches.append(Batch(whole[0][None], whole[1][None], mask[None], whole[2][None]))
-    pairs = sum(max(0, len(ids) - 1) for ids in sequences)
-    counted = sum(int(batch.loss_mask.sum()) for batch in batches)
-    return batches, Ledger(pairs=pairs, counted=counted, padded=len(rows) * length - counted, cropped=pairs - counted)

@@ -16,7 +16,7 @@ from common.data.stream import RandomWindows
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.studies.classic import CONTEXT, Characters
-from common.studies.quick import quick_training
+from common.training.quick import quick_training
 from common.training.loss import token_nats
 from common.training.objectives import Masked, NextToken, Prefix
 

@@ -14,7 +14,7 @@ from common.data.stream import RandomWindows
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.studies.classic import CONTEXT, Characters, held_out_nats
-from common.studies.quick import quick_training
+from common.training.quick import quick_training
 
 WIDTHS, ASKED = (16, 24, 32, 48), 80  # fitted, predicted
 

@@ -1,1 +1,1 @@
-"""The one loss of the year, and checkpoints."""
+"""How a model is trained: the loss, objectives, optimizers and schedules, the trainer, snapshots, several processes."""

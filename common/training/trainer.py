@@ -1,15 +1,17 @@
-"""The training loop, as an engine: model, objective, stream, optimizers, schedule. Everything else is watching.
+"""The training loop: a model, an objective, a stream, optimizers and a schedule. Everything else only watches.
 
-    for each update:  draw `accumulate` micro-batches, count their targets, and for each
-                          loss = sum of nats / targets of ALL of them        (not a mean of means)
+    for each update:  draw `accumulate` micro-batches, count their units, and for each
+                          loss = sum over its units / units of ALL of them      (not a mean of means)
                           backward
                       check, clip, step
 
-A run is a function of its arguments: killed at any moment and started again from its last checkpoint, it ends with the same
-bits as undisturbed. So randomness is a function of the number of the update, and everything else that an update depends on
-is in the snapshot: weights, optimizer state, position in the data, and the history of losses.
+What a unit is (a target, a row, a pair) and what its loss is, the objective says: see objectives.py.
 
-After llm.c and nanochat in spirit. Left out on purpose: callbacks, mixed objectives, gradient scaling for fp16.
+A training is a function of its arguments: killed at any moment and started again from its last snapshot, it ends with the
+same bits as if it had not been disturbed. So all randomness is a function of the number of the update, and everything else
+that an update depends on is in the snapshot: weights, optimizer state, position in the data, and the history.
+
+This follows llm.c and nanochat in spirit. Left out on purpose are callbacks and gradient scaling for fp16.
 """
 
 import contextlib
@@ -24,18 +26,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.data.documents import Batch
-from common.data.stream import BatchStream
+from common.data.stream import Stream
 from common.tokenization.protocol import Tokenizer
 from common.training.distributed import World, gathered, inner
 from common.training.loss import bits
-from common.training.objectives import NextToken, Objective, Prepared, loss_of
+from common.training.objectives import NextToken, Objective, Prepared, PreparedTokens
 from common.training.optimizers import Optimizers
 from common.training.rounding import rounded_products
 from common.training.schedules import Schedule
 from common.training.snapshots import Snapshots
 
-Row = dict[str, float]  # what is kept of an update; the clock is not in it
+HistoryRow = dict[str, float]  # what is kept of an update or an evaluation; the time of day is not in it
 
 
 class TrainingDiverged(ArithmeticError):
@@ -44,15 +45,15 @@ class TrainingDiverged(ArithmeticError):
 
 @dataclass
 class Settings:
-    """How to train, apart from what and on what.
+    """How to train, whatever the model and the data are.
 
     Attributes:
-        seed: of dropout; torch's generator is set anew for each update.
-        accumulate: micro-batches for one update.
-        clip: largest norm of the gradient over all parameters; None never clips.
-        dtype: bf16 computes products in it by `torch.autocast`; weights, sums and the loss stay fp32.
+        seed: the seed of dropout; torch's generator is seeded again for each update.
+        accumulate: the number of micro-batches in one update.
+        clip: the largest norm of the gradient over all parameters; None never clips.
+        dtype: the format of matrix products under `torch.autocast`; weights, sums and the loss stay fp32.
         rounded: compute products in fp32 and round them to bf16, for processors on which bf16 itself is slow.
-        evaluate_every, save_every: updates between; None only at the end.
+        evaluate_every, save_every: the number of updates between two; None evaluates or saves only at the end.
     """
 
     seed: int = 0
@@ -66,24 +67,27 @@ class Settings:
 
 @dataclass
 class Trainer:
-    """Trains in place.
+    """Trains a model in place.
 
     Args:
-        model: as the optimizers know it; wrapped by `World.wrap` where there are several processes.
-        stream: of this process; see `BatchStream(rank=…, world_size=…)`.
+        model: the model that the optimizers were made for; wrapped by `World.wrap` where there are several processes.
+        stream: the stream of this process; see `BatchStream(rank=…, world_size=…)`.
+        objective: what is learned from a batch, and the unit of the loss.
         evaluate: (model, updates done) -> numbers, called in evaluation mode without gradients. It must not use the stream.
         snapshots: where to save and to resume from.
-        byte_lengths: (V,) bytes of each token; then bits per byte are logged beside nats per target.
-        watch: called with each row of the history, also with those of before a resume.
-        flops_per_token, peak_flops: of a forward pass, and of the machine: for utilisation.
+        byte_lengths: (V,) bytes of each token; then bits per byte are logged beside nats per target. Only for objectives
+            whose targets are tokens.
+        watch: called with each row of the history, also with those from before a resume.
+        flops_per_token: FLOP of a forward pass for one target; with `peak_flops` of the machine it gives the utilisation.
     Attributes:
-        done: updates so far.
-        history: one row for each update: step, loss (nats per target), gradient_norm, rate, targets.
+        done: the number of updates so far.
+        history: one row for each update: step, loss (mean over units), gradient_norm, rate, the number of units under the
+            name of the unit ("targets", "rows", "pairs"), and the means of whatever the objective logs.
         evaluations: one row for each evaluation.
     """
 
     model: nn.Module
-    stream: BatchStream
+    stream: Stream
     optimizers: Optimizers
     schedule: Schedule
     settings: Settings = field(default_factory=Settings)
@@ -92,25 +96,28 @@ class Trainer:
     snapshots: Snapshots | None = None
     tokenizer: Tokenizer | None = None
     byte_lengths: Tensor | None = None
-    watch: Callable[[Row], None] | None = None
+    watch: Callable[[HistoryRow], None] | None = None
     world: World = field(default_factory=World)
     label: str = "training"
     flops_per_token: int = 0
     peak_flops: float = 0.0
     done: int = 0
-    history: list[Row] = field(default_factory=list)
-    evaluations: list[Row] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
+    evaluations: list[HistoryRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._drawn = 0  # batches of all processes together: objectives draw by the number, however many there are
+        # Batches drawn by all processes together. An objective seeds its randomness with this number, so that what it draws
+        # for a batch does not depend on how many processes share the batches.
+        self._drawn = 0
         if self.snapshots is not None and self.tokenizer is None:
             raise ValueError("snapshots are bound to a tokenizer: give tokenizer=")
 
     def train(self, until: int | None = None) -> "Trainer":
-        """Go on until `until` updates are done, all of the schedule's by default; resume first if there is a snapshot.
+        """Train until `until` updates are done (by default all of the schedule's), from a snapshot if there is one.
 
         Raises:
-            TrainingDiverged: names the update, its batches and the first module that went wrong.
+            TrainingDiverged: a loss or gradient is not finite. The message names the update, its batches and the first
+                module whose output went wrong.
         """
         until = self.schedule.steps if until is None else until
         if self.snapshots is not None and self.done == 0:
@@ -125,13 +132,13 @@ class Trainer:
             delay=2,
             disable=True if self.world.rank else None,
         )
-        start, tokens = time.perf_counter(), 0
+        start, units = time.perf_counter(), 0
         with bar:
             while self.done < until:
                 row = self.update()
-                tokens += int(row["targets"])
+                units += int(row[f"{self.objective.unit}s"])
                 bar.update()
-                bar.set_postfix(self._progress(row, tokens / (time.perf_counter() - start)), refresh=False)
+                bar.set_postfix(self._progress(row, units / (time.perf_counter() - start)), refresh=False)
                 every = self.settings.evaluate_every
                 if self.done == until or (every and self.done % every == 0):
                     self._evaluate()
@@ -141,50 +148,90 @@ class Trainer:
         self.model.eval()
         return self
 
-    def update(self) -> Row:
+    def update(self) -> HistoryRow:
         """One step of the optimizers. Returns its row of the history."""
-        self.model.train()
+        self.model.train()  # an evaluation, or an engine that shares the model, may have left evaluation mode on
         self._seed()
         rate = self.schedule(self.done)
         self.optimizers.set_rate(rate)
+
+        # All micro-batches are drawn before the first backward pass, because the divisor of each is the number of units in
+        # all of them, over all processes. A mean of the micro-batches' means would weigh a unit in a nearly empty one more.
         prepared = [self._draw() for _ in range(self.settings.accumulate)]
         device = next(self.model.parameters()).device
-        targets = self.world.sum(torch.stack([one.batch.loss_mask.sum() for one in prepared]).sum().to(device))
-        if targets == 0:
-            raise ValueError(f"update {self.done}: no target counts in any of its batches; look at loss_mask")
-        nats = torch.zeros((), device=device)
+        mine = torch.stack([torch.as_tensor(one.units) for one in prepared]).sum()
+        units = self.world.sum(mine.to(device))
+        if units == 0:
+            raise ValueError(
+                f"update {self.done}: no {self.objective.unit} counts in any of its batches; look at loss_mask, or at what "
+                "the objective counts as units"
+            )
+
+        total, counted = torch.zeros((), device=device), 0
+        logged: dict[str, Tensor] = {}
         for place, one in enumerate(prepared):
             last = place + 1 == len(prepared)
+            # Processes exchange gradients once an update, with the last micro-batch; before it each adds up its own.
             with self.world.only_sync_if(self.model, last):
+                # Only the forward pass and the loss are in autocast: backward repeats the formats of the forward pass.
                 with self._autocast(device):
-                    loss, penalty = loss_of(self.model, _to(one, device))
-                # Each micro-batch weighs as many parts as it has targets (gallery: pretraining/mean-of-means). Processes
-                # average their gradients, so each multiplies by their number: the sum is what is wanted.
-                whole = (loss.sum + penalty * loss.count) / targets * self.world.size
+                    terms = self.objective.loss(self.model, one.to(device))
+                # The penalty is a mean, so it is weighed with the units of its micro-batch, as a part of the whole mean
+                # (gallery: pretraining/mean-of-means). Wrappers average the gradients over processes, and the units
+                # above are a sum over processes: multiplying by their number turns the average back into a sum.
+                whole = (terms.sum + terms.penalty * terms.count) / units * self.world.size
                 whole.backward()
-            nats += loss.sum.detach()
-        nats = self.world.sum(nats)
+            total += terms.sum.detach()
+            counted = counted + terms.count
+            for name, value in terms.logged.items():
+                value = torch.as_tensor(value, device=device).detach()
+                logged[name] = logged[name] + value if name in logged else value
+        if int(counted) != int(mine):  # the loss would be divided by something else than it was summed over
+            self.optimizers.zero_grad()
+            raise ValueError(
+                f"update {self.done}: {type(self.objective).__name__} prepared {int(mine)} {self.objective.unit}s and its "
+                f"loss counts {int(counted)}: `units` and `Terms.count` must agree"
+            )
+
+        # The loss that is reported is the one that was minimised, without the penalty, over all processes.
+        total = self.world.sum(total)
         norm = self.clip_gradients()
-        mean = float(nats / targets)
+        mean = float(total / units)
+        # Before the step, so that the weights are still good; and both, because a finite loss can have an infinite gradient.
         if not math.isfinite(mean) or not math.isfinite(norm):  # gallery: pretraining/skipped-nan
             said = self._diagnosis(prepared, mean, norm)
             self.optimizers.zero_grad()
             raise TrainingDiverged(said)
         self.optimizers.step()
-        self.optimizers.zero_grad()
+        self.optimizers.zero_grad()  # after the step and not before the next: gradients need no memory in evaluations
         self.done += 1
-        row = {"step": self.done, "loss": mean, "gradient_norm": norm, "rate": rate, "targets": int(targets)}
+
+        count = f"{self.objective.unit}s"
+        row = {"step": self.done, "loss": mean, "gradient_norm": norm, "rate": rate, count: int(units)}
+        if taken := row.keys() & logged.keys():
+            raise ValueError(f"{type(self.objective).__name__} logs {sorted(taken)}, which the trainer writes: rename it")
+        for name in sorted(logged):  # sorted, so that processes that log in another order add up the same quantities
+            row[name] = float(self.world.sum(logged[name].float()) / units)
         if self.byte_lengths is not None:
-            mine = sum(self.byte_lengths[one.batch.targets[one.batch.loss_mask]].sum() for one in prepared)
-            row["bytes"] = int(self.world.sum(torch.as_tensor(mine).to(device)))
-            row["bits_per_byte"] = bits(float(nats)) / max(1, row["bytes"])
+            row |= self._bits_per_byte(prepared, total)
         self.history.append(row)
         if self.watch:
             self.watch(row)
         return row
 
+    def _bits_per_byte(self, prepared: list[Prepared], nats: Tensor) -> HistoryRow:
+        """The bytes that the targets of an update stand for, and the loss for each of them."""
+        if not all(isinstance(one, PreparedTokens) for one in prepared):
+            raise ValueError(
+                f"byte_lengths needs an objective whose targets are tokens, and {type(self.objective).__name__} has "
+                f"{self.objective.unit}s: leave byte_lengths out"
+            )
+        mine = sum(self.byte_lengths[one.batch.targets[one.batch.loss_mask]].sum() for one in prepared)
+        size = int(self.world.sum(torch.as_tensor(mine).to(nats.device)))
+        return {"bytes": size, "bits_per_byte": bits(float(nats)) / max(1, size)}
+
     def clip_gradients(self) -> float:
-        """Scale all gradients down to the largest norm allowed; returns the norm from before."""
+        """Scale all gradients down to the largest norm allowed; returns the norm that they had before."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = float(gathered(norm))
@@ -208,7 +255,7 @@ class Trainer:
         return found
 
     def progress_state(self) -> dict[str, Any]:
-        """What a snapshot keeps beside tensors: plain values."""
+        """What a snapshot keeps beside tensors, as plain values."""
         return {
             "done": self.done,
             "drawn": self._drawn,
@@ -219,6 +266,7 @@ class Trainer:
         }
 
     def load_progress(self, state: Mapping[str, Any]) -> None:
+        """Take over `progress_state`."""
         self.stream.load_state_dict(state["stream"])
         self.done, self._drawn = state["done"], state["drawn"]
         self.history, self.evaluations = list(state["history"]), list(state["evaluations"])
@@ -229,7 +277,7 @@ class Trainer:
         return self.objective.prepare(self.stream.next_batch(), number)
 
     def _seed(self) -> None:
-        """Dropout is a function of the update and the process."""
+        """Make dropout a function of the update and the process alone, so that a resumed training repeats it."""
         torch.manual_seed((self.settings.seed * 1_000_003 + self.done) * self.world.size + self.world.rank)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
@@ -248,19 +296,20 @@ class Trainer:
         if self.watch:
             self.watch(row)
 
-    def _progress(self, row: Row, speed: float) -> dict[str, str]:
-        """The progress line; tqdm adds the time left."""
+    def _progress(self, row: HistoryRow, speed: float) -> dict[str, str]:
+        """What the progress bar shows; tqdm adds the time left."""
         shown = {"loss": f"{row['loss']:.3f}"}
         if "bits_per_byte" in row:
             shown["bits/byte"] = f"{row['bits_per_byte']:.3f}"
-        shown |= {"grad": f"{row['gradient_norm']:.2f}", "rate": f"{row['rate']:.2f}", "tok/s": f"{speed:,.0f}"}
-        if self.peak_flops:
+        shown |= {"grad": f"{row['gradient_norm']:.2f}", "rate": f"{row['rate']:.2f}"}
+        shown[f"{self.objective.unit}s/s"] = f"{speed:,.0f}"
+        if self.peak_flops and self.objective.unit == "target":  # `speed` counts units, `flops_per_token` tokens
             shown["of peak"] = f"{3 * self.flops_per_token * speed / (self.peak_flops * self.world.size):.0%}"
         return shown
 
     def _diagnosis(self, prepared: list[Prepared], mean: float, norm: float) -> str:
-        """Where it began: the first module whose output is not finite, or else the loss, or else a gradient."""
-        self._seed()  # the same dropout once more
+        """Where the trouble began: the first module whose output is not finite, or else the loss, or else a gradient."""
+        self._seed()  # the forward passes are repeated, and must draw the same dropout
         model = inner(self.model)
         found: list[str] = []
 
@@ -276,7 +325,7 @@ class Trainer:
         device = next(self.model.parameters()).device
         with torch.no_grad(), self._autocast(device):
             for one in prepared:
-                loss_of(self.model, _to(one, device))
+                self.objective.loss(self.model, one.to(device))
         for hook in hooks:
             hook.remove()
         bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -293,10 +342,3 @@ class Trainer:
             "rate, lengthen the warm-up, or look at these batches."
         )
 
-
-def _to(prepared: Prepared, device: torch.device) -> Prepared:
-    """Onto the device of the model."""
-    if device.type == "cpu":
-        return prepared
-    batch = Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(prepared.batch).items()})
-    return Prepared(batch, None if prepared.prefix is None else prepared.prefix.to(device))

@@ -1,10 +1,12 @@
-"""The training that all small studies share: fp32, a short warm-up, a plateau, a fall to zero."""
+"""The training that all small experiments share: fp32, a short warm-up, a plateau, and a fall to zero."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from common.data.stream import Stream
 from common.training.optimizers import make_optimizers
 from common.training.schedules import Schedule
 from common.training.trainer import Trainer
@@ -12,16 +14,16 @@ from common.training.trainer import Trainer
 
 def quick_training(
     model: nn.Module,
-    stream: Any,
+    stream: Stream,
     steps: int,
     *,
     optimizer: str = "muon",
     learning_rate: float = 4e-3,
     weight_decay: float = 0.1,
-    schedule: Any = None,
+    schedule: Callable[[int], float] | None = None,
     **more: Any,
 ) -> Trainer:
-    """A trainer, ready to train; `more` goes to it (objective, settings, evaluate, label)."""
+    """A trainer that is ready to train; `more` is passed on to it (objective, settings, evaluate, label)."""
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay, "muon_dtype": torch.float32}
     schedule = schedule or Schedule(steps, max(1, steps // 20), "wsd", floor=0.0)
     return Trainer(model, stream, make_optimizers(model, optimizer, **rates), schedule, **more)
