@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.data.packing import Example, pack
 from common.data.problems import addition_problems
 from common.data.shards import checked, dtype_for
-from common.data.stream import BatchStream, pack
+from common.data.stream import BatchStream
 from common.diagnostics.core import Failure, Specimen
 from common.diagnostics.probes.tokens import STRANGE
 from common.model.masks import attention_mask, positions_of
@@ -77,8 +78,10 @@ def reloaded() -> Callable[[str], list[int]]:
 
 
 def pack_documents(lengths: list[int], row: int) -> int:
-    made, _ = pack([torch.arange(n) for n in lengths], row)
-    return sum(int(batch.loss_mask.sum()) for batch in made)
+    """A document that is longer than a row is cut into pieces; each begins with the last token of the one before."""
+    whole = [torch.arange(n) for n in lengths]
+    pieces = [Example(ids[start : start + row + 1]) for ids in whole for start in range(0, len(ids) - 1, row)]
+    return int(pack(pieces, row)[0].loss_mask.sum())
 
 
 def item(index: int) -> str:

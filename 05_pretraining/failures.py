@@ -30,10 +30,10 @@ from common.generation.sampling import SamplingParams
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.tokenization.protocol import END_OF_TEXT
-from common.training import objectives, optimizers, snapshots, trainer
+from common.training import objectives, optimizers, snapshots
 from common.training.checkpoint import load_tensors
 from common.training.loss import Loss, bits, language_model_loss
-from common.training.objectives import Prepared
+from common.training.objectives import NextToken, PreparedTokens, Terms
 from common.training.optimizers import AdamW, Optimizers
 from common.training.schedules import Schedule
 from common.training.snapshots import Snapshots
@@ -117,7 +117,7 @@ Validate = Callable[[nn.Module, list[Batch]], float]
 
 def nats_per_target(model: nn.Module, batches: list[Batch]) -> float:
     """Validation: all nats over all targets."""
-    losses = [trainer.loss_of(model, Prepared(batch))[0] for batch in batches]
+    losses = [NextToken().loss(model, PreparedTokens(batch)) for batch in batches]
     return float(sum(loss.sum for loss in losses) / sum(loss.count for loss in losses))
 
 
@@ -364,13 +364,13 @@ def several(*changes: tuple[Any, str, Any]) -> Iterator[Specimen]:
         yield room()
 
 
-right_loss_of, right_update, right_cosine = trainer.loss_of, Trainer.update, Schedule.__call__
+right_loss, right_update, right_cosine = NextToken.loss, Trainer.update, Schedule.__call__
 right_evaluate, right_order, right_load = Trainer._evaluate, BatchStream._order_of, BatchStream.load_state_dict
 right_save, right_make = Snapshots.save, optimizers.make_optimizers
 
 
 def updates_by(
-    share: Callable[[Trainer, Loss, list[Batch]], Tensor], *, zero: bool = False, mode: bool = True
+    share: Callable[[Trainer, Terms, list[Batch]], Tensor], *, zero: bool = False, mode: bool = True
 ) -> Callable:
     """`Trainer.update` in short, where `share` is what a micro-batch gives to the backward pass.
 
@@ -388,7 +388,7 @@ def updates_by(
         for batch in window:
             if zero:
                 self.optimizers.zero_grad()
-            loss, _ = trainer.loss_of(self.model, Prepared(batch))
+            loss = NextToken().loss(self.model, PreparedTokens(batch))
             share(self, loss, window).backward()
             nats += float(loss.sum.detach())
         norm = self.clip_gradients()
@@ -407,7 +407,7 @@ def updates_by(
     return update
 
 
-def whole_share(self: Trainer, loss: Loss, window: list[Batch]) -> Tensor:
+def whole_share(self: Trainer, loss: Terms, window: list[Batch]) -> Tensor:
     return loss.sum / sum(int(batch.loss_mask.sum()) for batch in window)
 
 
@@ -428,7 +428,7 @@ def undivided() -> Iterator[Specimen]:
 def partial_window() -> Iterator[Specimen]:
     """Windows of four are configured, and the last of an epoch may have fewer; one alone is no accumulation."""
 
-    def share(self: Trainer, loss: Loss, window: list[Batch]) -> Tensor:
+    def share(self: Trainer, loss: Terms, window: list[Batch]) -> Tensor:
         configured = 4 if 1 < len(window) < 4 else len(window)
         return whole_share(self, loss, window) * len(window) / configured
 
@@ -525,12 +525,12 @@ def losses_left_over() -> Iterator[Specimen]:
     """Losses wait in a buffer for the next backward pass, and validation puts its own there."""
     waiting: list[Tensor] = []
 
-    def loss_of(model: nn.Module, prepared: Prepared) -> tuple[Loss, float]:
-        loss, penalty = right_loss_of(model, prepared)
-        waiting.append(loss.sum)
-        return Loss(loss.sum.detach(), loss.count, loss.mean.detach()), penalty
+    def wrong(self: NextToken, model: nn.Module, prepared: PreparedTokens) -> Terms:
+        terms = right_loss(self, model, prepared)
+        waiting.append(terms.sum)
+        return terms._replace(sum=terms.sum.detach())
 
-    def share(self: Trainer, loss: Loss, window: list[Batch]) -> Tensor:
+    def share(self: Trainer, loss: Terms, window: list[Batch]) -> Tensor:
         whole = sum(waiting) / sum(int(batch.loss_mask.sum()) for batch in window)
         waiting.clear()
         return whole
@@ -539,31 +539,29 @@ def losses_left_over() -> Iterator[Specimen]:
         with patch.object(torch, "no_grad", torch.enable_grad):
             right_evaluate(self)
 
-    return several(
-        (trainer, "loss_of", loss_of), (Trainer, "update", updates_by(share)), (Trainer, "_evaluate", evaluate)
-    )
+    return several((NextToken, "loss", wrong), (Trainer, "update", updates_by(share)), (Trainer, "_evaluate", evaluate))
 
 
 def unshifted_targets() -> Iterator[Specimen]:
     """The loader is right; what is handed to the loss is not, in training and validation alike."""
 
-    def wrong(model: nn.Module, prepared: Prepared) -> tuple[Loss, Tensor | float]:
-        return right_loss_of(model, Prepared(replace(prepared.batch, targets=prepared.batch.inputs)))
+    def wrong(self: NextToken, model: nn.Module, prepared: PreparedTokens) -> Terms:
+        return right_loss(self, model, PreparedTokens(replace(prepared.batch, targets=prepared.batch.inputs)))
 
-    return replaced(trainer, "loss_of", wrong, room_with_looks)
+    return replaced(NextToken, "loss", wrong, room_with_looks)
 
 
 def shifted_twice() -> Iterator[Specimen]:
     """Shifted by the loader and by the loss once more, which leaves one target less in a row."""
 
-    def wrong(model: nn.Module, prepared: Prepared) -> tuple[Loss, Tensor | float]:
+    def wrong(self: NextToken, model: nn.Module, prepared: PreparedTokens) -> Terms:
         batch, count = prepared.batch, prepared.batch.loss_mask.sum()
         first = torch.arange(batch.targets.shape[1]) < batch.targets.shape[1] - 1
         again = replace(batch, targets=batch.targets.roll(-1, dims=1), loss_mask=batch.loss_mask & first)
-        loss, penalty = right_loss_of(model, Prepared(again))
-        return Loss(loss.mean * count, count, loss.mean), penalty
+        terms = right_loss(self, model, PreparedTokens(again))
+        return terms._replace(sum=terms.mean * count, count=count)
 
-    return replaced(trainer, "loss_of", wrong, room_with_looks)
+    return replaced(NextToken, "loss", wrong, room_with_looks)
 
 
 def same_order() -> Iterator[Specimen]:

@@ -42,7 +42,9 @@ class Example:
         ids = torch.as_tensor(self.ids, dtype=torch.int64)
         mask = torch.ones_like(ids) if self.loss_mask is None else torch.as_tensor(self.loss_mask)
         if ids.ndim != 1 or len(ids) < 2:
-            raise ValueError(f"example {self.name!r} has ids of shape {tuple(ids.shape)}: it needs at least two in a row")
+            raise ValueError(
+                f"example {self.name!r} has ids of shape {tuple(ids.shape)}: it needs at least two in a row"
+            )
         if mask.shape != ids.shape:
             raise ValueError(f"example {self.name!r} has {len(ids)} ids and a loss_mask of shape {tuple(mask.shape)}")
         object.__setattr__(self, "ids", ids)

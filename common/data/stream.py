@@ -209,4 +209,3 @@ class RandomWindows:
         if state["seed"] != self.seed:
             raise ValueError(f"this state belongs to seed {state['seed']}, the stream has {self.seed}")
         self.number = state["number"]
-

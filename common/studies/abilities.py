@@ -16,9 +16,9 @@ from common.data.stream import RandomWindows
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.studies.classic import CONTEXT, Characters
-from common.training.quick import quick_training
 from common.training.loss import token_nats
 from common.training.objectives import Masked, NextToken, Prefix
+from common.training.quick import quick_training
 
 OBJECTIVES = ("next token", "prefix", "masked")
 WINDOW, HOLE = 48, 24  # characters of a window, and the place that is left out

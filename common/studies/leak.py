@@ -8,8 +8,8 @@ import numpy as np
 from common.data.stream import RandomWindows
 from common.model.transformer import Transformer
 from common.studies.classic import CONTEXT, Characters, held_out_nats
-from common.training.quick import quick_training
 from common.studies.scaling import shape
+from common.training.quick import quick_training
 from common.training.schedules import RateRange
 from common.training.trainer import Settings, TrainingDiverged
 

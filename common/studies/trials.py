@@ -29,9 +29,9 @@ from common.foundation.statistics import mean_ci, mean_of_seeds
 from common.model.recurrent import Recurrent
 from common.studies import abilities, classic, leak, scaling
 from common.studies.base import BaseData, Looks, curve_point, ngram_of
-from common.training.quick import quick_training
 from common.tokenization.bpe import BPETokenizer
 from common.tokenization.protocol import END_OF_TEXT
+from common.training.quick import quick_training
 from common.training.trainer import Trainer
 
 Answers = dict[str, Any]  # "study/name/seed" -> what the job returned

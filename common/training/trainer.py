@@ -209,7 +209,9 @@ class Trainer:
         count = f"{self.objective.unit}s"
         row = {"step": self.done, "loss": mean, "gradient_norm": norm, "rate": rate, count: int(units)}
         if taken := row.keys() & logged.keys():
-            raise ValueError(f"{type(self.objective).__name__} logs {sorted(taken)}, which the trainer writes: rename it")
+            raise ValueError(
+                f"{type(self.objective).__name__} logs {sorted(taken)}, which the trainer writes: rename it"
+            )
         for name in sorted(logged):  # sorted, so that processes that log in another order add up the same quantities
             row[name] = float(self.world.sum(logged[name].float()) / units)
         if self.byte_lengths is not None:
@@ -341,4 +343,3 @@ class Trainer:
             f"{self._drawn - 1} of the stream (epoch {self.stream.epoch}). The weights are unchanged. Lower the learning "
             "rate, lengthen the warm-up, or look at these batches."
         )
-

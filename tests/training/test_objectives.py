@@ -11,7 +11,7 @@ from common.data.documents import Batch
 from common.model.recurrent import Recurrent
 from common.model.transformer import Transformer
 from common.pretrained.names import from_transformers
-from common.training.objectives import Masked, NextToken, Prefix, Prepared, loss_of, several_documents
+from common.training.objectives import Masked, NextToken, Prefix, PreparedTokens, several_documents
 from tests.training.tiny import CONFIG, V, stream_of
 
 LONG, MASK = 12, V - 1
@@ -90,7 +90,7 @@ def test_a_full_prefix_is_a_bidirectional_model_of_transformers():
 
 def test_next_token_is_the_batch_itself():
     batch = stream_of().next_batch()
-    assert NextToken().prepare(batch, 3) == Prepared(batch, None)
+    assert NextToken().prepare(batch, 3) == PreparedTokens(batch, None)
 
 
 @pytest.mark.parametrize("padded", [0, 5])
@@ -169,15 +169,16 @@ def test_a_masked_model_learns_from_both_sides():
     "changes", [{}, {"tied": False, "logit_softcap": 1.5}, {"z_loss": 0.1}, {"experts": 4}], ids=str
 )
 @pytest.mark.parametrize("documents", [1, 3])
-def test_loss_of_is_the_cross_entropy_written_out(objective, changes, documents):
+def test_the_loss_is_the_cross_entropy_written_out(objective, changes, documents):
     model = Transformer(CONFIG.but(**changes))
     prepared = objective.prepare(batch_of(5, documents=documents, padded=2), 0)
     batch = prepared.batch
     out = model(batch.inputs, document_ids=batch.document_ids, prefix=prepared.prefix)
     mask = batch.loss_mask
     by_hand = F.cross_entropy(out.logits[mask], batch.targets[mask], reduction="sum")
-    loss, penalty = loss_of(model, prepared)
-    assert int(loss.count) == int(mask.sum())
+    loss = objective.loss(model, prepared)
+    penalty = loss.penalty
+    assert int(prepared.units) == int(loss.count) == int(mask.sum())
     torch.testing.assert_close(loss.sum, by_hand)
     torch.testing.assert_close(torch.as_tensor(penalty), torch.as_tensor(out.aux["penalty"]))
     assert float(torch.as_tensor(penalty).detach()) > 0 or not ("z_loss" in changes or "experts" in changes)
@@ -187,12 +188,12 @@ def test_loss_of_is_the_cross_entropy_written_out(objective, changes, documents)
         assert (ours - theirs).norm() < 1e-5 * theirs.norm() + 1e-7
 
 
-def test_loss_of_a_recurrent_network():
+def test_the_loss_of_a_recurrent_network():
     model, batch = Recurrent("lstm", V, 8), batch_of(3, documents=2)
-    loss, penalty = loss_of(model, Prepared(batch))
+    loss = NextToken().loss(model, PreparedTokens(batch))
     logits = model(batch.inputs, document_ids=batch.document_ids).logits
     torch.testing.assert_close(loss.mean, F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
-    assert penalty == 0.0
+    assert loss.penalty == 0.0
 
 
 def test_several_documents():
@@ -207,4 +208,5 @@ def test_packed_documents_are_kept_apart_in_training():
     model, batch = Transformer(CONFIG), batch_of(4, documents=2)
     joined = dataclasses.replace(batch, document_ids=batch.document_ids * 0)
     with torch.no_grad():
-        assert loss_of(model, Prepared(batch))[0].sum != loss_of(model, Prepared(joined))[0].sum
+        loss = NextToken().loss
+        assert loss(model, PreparedTokens(batch)).sum != loss(model, PreparedTokens(joined)).sum

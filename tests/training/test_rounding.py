@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from common.data.stream import RandomWindows
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
-from common.training.quick import quick_training
 from common.training.loss import chunked_language_model_loss
+from common.training.quick import quick_training
 from common.training.rounding import rounded_products
 from common.training.trainer import Settings
 

@@ -8,19 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from common.model.recurrent import Recurrent
-from common.training import trainer as engine
-from common.training.loss import Loss
-from common.training.objectives import Masked, Prefix, Prepared, several_documents
+from common.training.objectives import Masked, NextToken, Prefix, PreparedTokens, TokenObjective, several_documents
 from common.training.schedules import Schedule
 from common.training.trainer import TrainingDiverged
 from tests.training.tiny import CONFIG, LENGTH, Ragged, V, equal, losses_of, stream_of, trainer_of, weights_of
 
 
-class Everything:
+class Nothing(TokenObjective):
     """No target counts."""
 
     def prepare(self, batch, number):
-        return Prepared(type(batch)(batch.inputs, batch.targets, batch.loss_mask & False, batch.document_ids))
+        return PreparedTokens(type(batch)(batch.inputs, batch.targets, batch.loss_mask & False, batch.document_ids))
 
 
 def gradients_at_step(trainer):
@@ -198,14 +196,13 @@ def test_nan_in_a_gradient_is_named():
     assert equal(weights_of(trainer.model), before)
 
 
-def test_nan_in_the_loss_is_named(monkeypatch):
-    trainer, honest = trainer_of(), engine.loss_of
+def test_nan_in_the_loss_is_named():
+    class Broken(NextToken):
+        def loss(self, model, prepared):
+            terms = super().loss(model, prepared)
+            return terms._replace(sum=terms.sum * math.nan)
 
-    def broken(model, prepared):
-        loss, penalty = honest(model, prepared)
-        return Loss(loss.sum * math.nan, loss.count, loss.mean), penalty
-
-    monkeypatch.setattr(engine, "loss_of", broken)
+    trainer = trainer_of(objective=Broken())
     before = weights_of(trainer.model)
     with pytest.raises(TrainingDiverged, match="loss nan.*first in the loss"):
         trainer.update()
@@ -220,7 +217,7 @@ def test_a_rate_that_is_too_high_is_caught():
 
 
 def test_nothing_that_counts_is_an_error():
-    trainer = trainer_of(objective=Everything())
+    trainer = trainer_of(objective=Nothing())
     before = weights_of(trainer.model)
     with pytest.raises(ValueError, match="update 0: no target counts.*loss_mask"):
         trainer.update()
@@ -261,7 +258,7 @@ def test_bf16_trains_like_fp32():
 def test_other_objectives_train_and_draw_anew_for_each_batch(objective):
     numbers = []
 
-    class Spy:
+    class Spy(TokenObjective):
         def prepare(self, batch, number):
             numbers.append(number)
             return objective.prepare(batch, number)

@@ -9,7 +9,7 @@ from common.data.stream import BatchStream
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
 from common.tokenization.protocol import END_OF_TEXT
-from common.training.objectives import Prepared
+from common.training.objectives import PreparedTokens, TokenObjective
 from common.training.optimizers import make_optimizers
 from common.training.schedules import Schedule
 from common.training.trainer import Settings, Trainer
@@ -42,12 +42,12 @@ def stream_of(batch_size=4, *, count=1601, seed=0, **options):
 
 
 @dataclass(frozen=True)
-class Ragged:
+class Ragged(TokenObjective):
     """Next token, with a mask that is a function of each row alone: often no target at all, at most all but three."""
 
     def prepare(self, batch, number):
         keep = torch.arange(LENGTH) < (batch.inputs.sum(dim=1) % (LENGTH + 1) - 3)[:, None]
-        return Prepared(replace(batch, loss_mask=batch.loss_mask & keep))
+        return PreparedTokens(replace(batch, loss_mask=batch.loss_mask & keep))
 
 
 def trainer_of(
