@@ -184,8 +184,8 @@ def _fitting(examples: Sequence[Example], length: int, truncate: bool) -> list[E
         if len(example.ids) - 1 > length:
             if not truncate:
                 raise ValueError(
-                    f"example {example.name or number!r} has {len(example.ids)} ids and needs {len(example.ids) - 1} places; "
-                    f"a row has {length}. Raise length, drop the example, or cut its end off with truncate=True."
+                    f"example {example.name or number!r} has {len(example.ids)} ids and needs {len(example.ids) - 1} "
+                    f"places; a row has {length}. Raise length, drop the example, or cut its end off with truncate=True."
                 )
             example = replace(example, ids=example.ids[: length + 1], loss_mask=example.loss_mask[: length + 1])
         kept.append(example)

@@ -1,20 +1,19 @@
-"""Several processes as one: the only file that knows how many there are.
+"""Training in several processes: the only file that knows how many there are.
 
-The engine is torch's: `torchrun` starts the processes, `DistributedDataParallel` keeps whole copies of the model and
-averages their gradients, FSDP2 (`fully_shard`) keeps a part of each parameter in each process and gathers it when needed.
-Losses are divided by the number of targets over ALL processes, so that the result does not depend on how many there are.
+The machinery is torch's: `torchrun` starts the processes, `DistributedDataParallel` keeps a whole copy of the model in each
+and averages their gradients, FSDP2 (`fully_shard`) keeps a part of each parameter in each and gathers it when needed.
+The trainer divides losses by the number of units over ALL processes, so that the result does not depend on their number.
 
     torchrun --nproc-per-node 2 05_pretraining/run.py --parallel data        (or --parallel shards)
 
-On one machine without GPUs `spread` starts them itself: two processes with a thread each do more than one with two threads,
-and do not wait for each other in every product when the machine is busy.
+On one machine without GPUs `spread` starts the processes itself. Two processes with one thread each do more than one process
+with two threads, and on a busy machine they do not wait for each other in every matrix product.
 
-With `--max-restarts` and a rendezvous by c10d, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: torch 2.13 keeps the addresses of
-the dead processes in its store, and one that is started again may wait for them.
+With `--max-restarts` and the rendezvous backend c10d, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: torch 2.13 keeps the
+addresses of dead processes in its store, and one that is started again may wait for them.
 """
 
 import contextlib
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from common.foundation.parallel import belong_to_the_parent, environment
@@ -36,7 +36,7 @@ Parallel = Literal["none", "data", "shards"]
 
 @dataclass(frozen=True)
 class World:
-    """This process and how many there are."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -45,7 +45,7 @@ class World:
     @classmethod
     @contextmanager
     def joined(cls, device: str = "cpu") -> Iterator["World"]:
-        """Join the group that `torchrun` describes in the environment; alone where it describes none."""
+        """Join the group that `torchrun` describes in the environment; a world of one where it describes none."""
         if "WORLD_SIZE" not in os.environ:
             yield cls(device=device)
             return
@@ -59,9 +59,10 @@ class World:
             dist.destroy_process_group()
 
     def wrap(self, model: nn.Module, how: Parallel) -> nn.Module:
-        """The model, ready for this world. Make the optimizers after it: sharding replaces the parameters.
+        """Make the model ready for this world. Make the optimizers afterwards: sharding replaces the parameters.
 
-        Raises ValueError for one process of several without a way to share the work.
+        Raises:
+            ValueError: several processes have no way to share the work, or one process is to share it with nobody.
         """
         model = model.to(self.device)
         if how == "none":
@@ -74,7 +75,7 @@ class World:
             raise ValueError(f"parallel {how} needs processes: start with torchrun --nproc-per-node N")
         if how == "data":
             return DistributedDataParallel(model)
-        # Not at the top: FSDP takes most of a second to import, and few trainings need it.
+        # Imported here and not at the top: FSDP takes most of a second to import, and few trainings need it.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -92,7 +93,7 @@ class World:
         return value
 
     def same(self, value: Any) -> Any:
-        """The value of the first process, in each: what was measured must not differ."""
+        """Broadcast the value of rank 0. Use it for anything that was measured, so that ranks cannot disagree."""
         if self.size == 1:
             return value
         box = [value]
@@ -105,7 +106,7 @@ class World:
             dist.barrier()
 
     def only_sync_if(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Exchange gradients with the last micro-batch alone; before it they add up in each process."""
+        """Exchange gradients only if this is the last micro-batch; until then each process adds up its own."""
         if is_sharded(model):
             model.set_requires_gradient_sync(last)
         elif isinstance(model, DistributedDataParallel) and not last:
@@ -114,17 +115,17 @@ class World:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """True for what `fully_shard` made: known by its method, so that the class need not be imported."""
+    """True for what `fully_shard` made. It is recognised by a method, so that its class need not be imported."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor, of which each process may hold a part."""
+    """The whole of a tensor of which each process may hold a part; every process must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """The model itself, out of wrappers that put a prefix before every name: what is saved, and what names refer to."""
+    """The model without the wrappers that put a prefix before every parameter's name. Its names are the ones saved."""
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -135,32 +136,22 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def spread(work: Callable[..., None], processes: int, *arguments: Any) -> None:
-    """work(world, *arguments) in so many processes of this machine, one thread each; returns when all are done.
+    """Run work(world, *arguments) in this many processes of this machine, with one thread each, until all are done.
 
     Args:
         work: a function of a module, with arguments that can be pickled between processes.
     Raises:
-        RuntimeError: one of them failed; what it said is on standard error, and the others are stopped.
+        torch.multiprocessing.ProcessException: one of them failed or was killed. The message holds its traceback, and the
+            others have been stopped.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
         meeting = (Path(folder) / "meeting").as_uri()
-        started = [
-            context.Process(target=_member, args=(rank, processes, meeting, work, *arguments))
-            for rank in range(processes)
-        ]
-        for one in started:
-            one.start()
+        running = start_processes(_member, (processes, meeting, work, *arguments), processes, join=False)
         try:
-            waiting = True
-            while waiting:
-                waiting = any(one.is_alive() for one in started)
-                failed = [rank for rank, one in enumerate(started) if one.exitcode]
-                if failed:
-                    raise RuntimeError(f"process {failed[0]} of {processes} failed: see above")
-                started[0].join(0.05)
-        finally:
-            for one in started:
+            while not running.join():  # raises as soon as one has failed, and stops the others
+                pass
+        finally:  # Ctrl-C does not reach the children (see `belong_to_the_parent`): stop them here
+            for one in running.processes:
                 one.terminate()
                 one.join()
 

@@ -1,9 +1,9 @@
 """What is learned from a batch, and in which unit: next token, masked tokens, or the rest after a prefix.
 
-An objective does three things. It names the `unit` that its loss is a mean over; it turns a batch of the stream into what one
-micro-batch is trained on (`prepare`); and it computes the loss of a model on that (`loss`). The trainer knows nothing else
-about the loss, so a loss over rows, pairs or sequences is one more class with these three members, in whatever room it is
-needed.
+An objective does three things. It names the `unit` that its loss is a mean over; it turns a batch of the stream into what
+one micro-batch is trained on (`prepare`); and it computes the loss of a model on that (`loss`). The trainer knows nothing
+else about the loss, so a loss over rows, pairs or sequences is one more class with these three members, in whatever room it
+is needed.
 
 The objectives of this file predict tokens and share one loss: the negative log-likelihood of the targets that `loss_mask`
 admits.
@@ -65,8 +65,8 @@ class Prepared(Protocol):
 class Objective(Protocol):
     """How a batch of the stream becomes a loss.
 
-    An objective has no memory: a resumed training builds it anew, so both methods are functions of their arguments. A teacher
-    or a reference model is a frozen field.
+    An objective has no memory: a resumed training builds it anew, so both methods are functions of their arguments. A
+    teacher or a reference model is a frozen field.
 
     Attributes:
         unit: what the loss is a mean over, in the singular: "target", "row", "pair", "sequence".

@@ -1,6 +1,7 @@
 """Every pair exactly once, whoever asks, however often the run is stopped; and shards that are what they say."""
 
 import collections
+import json
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.documents import Document, tokenize_documents
+from common.data.packing import Example, ExampleStream
 from common.data.shards import Shards, checked, dtype_for, write_shards
-from common.data.stream import BatchStream, pack
+from common.data.stream import BatchStream, RandomWindows, Stream
 from common.foundation.files import read_json, write_json
 from common.model.masks import attention_mask, positions_of
 from common.tokenization.bpe import BPETokenizer
@@ -135,21 +137,31 @@ def test_attention_stays_within_a_document_and_the_past():
     assert mask.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
 
 
-@settings(max_examples=80, deadline=None)
-@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=12), length=st.integers(1, 12))
-def test_packing_loses_no_pair_and_mixes_no_documents(lengths, length):
-    sequences, start = [], 0
-    for n in lengths:
-        sequences.append(torch.arange(start, start + n))
-        start += n
-    batches, ledger = pack(sequences, length)
-    expected = {(int(a), int(a) + 1): 1 for ids in sequences for a in ids[:-1]}
-    assert pairs_of(batches) == expected
-    places = sum(batch.inputs.numel() for batch in batches)
-    assert (ledger.pairs, ledger.counted, ledger.padded) == (len(expected), len(expected), places - len(expected))
-    for batch in batches:
-        assert batch.inputs.shape == (1, length)
-        assert (batch.document_ids == -1).equal(~batch.loss_mask)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: stream_of(np.arange(200)),
+        lambda: RandomWindows(np.arange(200), length=8, batch_size=2),
+        lambda: ExampleStream([Example(torch.arange(9) + n) for n in range(7)], length=8, batch_size=2, pad_id=END),
+    ],
+    ids=["chunks", "windows", "examples"],
+)
+def test_every_stream_keeps_the_protocol(make):
+    """Endless, resumable through JSON to the exact batch, and told apart from another by its state."""
+    stream = make()
+    assert set(dir(stream)) >= {name for name in vars(Stream) if not name.startswith("_")} | {"epoch"}
+    for _ in range(30):
+        stream.next_batch()
+    state, epoch = json.loads(json.dumps(stream.state_dict())), stream.epoch
+    other = make()
+    other.load_state_dict(state)
+    assert other.epoch == epoch
+    for _ in range(30):
+        ours, theirs = stream.next_batch(), other.next_batch()
+        assert all(torch.equal(a, b) for a, b in zip(vars(ours).values(), vars(theirs).values(), strict=True))
+    other.seed += 1
+    with pytest.raises(ValueError, match="this state belongs to"):
+        other.load_state_dict(state)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -226,11 +238,6 @@ def test_writing_again_leaves_no_old_shards(tmp_path, documents):
     write_shards(documents[:3], ByteTokenizer(), tmp_path, shard_tokens=50)
     listed = {shard["file"] for shard in Shards(tmp_path).about["shards"]}
     assert {path.name for path in tmp_path.glob("*.bin")} == listed
-
-
-def test_packing_an_empty_document_is_no_pair():
-    _, ledger = pack([torch.arange(0), torch.arange(5)], 8)
-    assert (ledger.pairs, ledger.counted, ledger.cropped) == (4, 4, 0)
 
 
 def test_a_stopped_writer_leaves_no_whole_shards(tmp_path, documents):
