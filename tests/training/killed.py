@@ -1,7 +1,7 @@
 """A training that is killed again and again, in children of a process that has imported torch and trained nothing.
 
     python -m tests.training.killed FOLDER              writes FOLDER/undisturbed, FOLDER/killed: histories and weights
-    python -m tests.training.killed FOLDER NAME…        the same in FOLDER/NAME, for objectives of units.py; killed less often
+    python -m tests.training.killed FOLDER NAME…        the same in FOLDER/NAME, for objectives of units.py, killed less
 
 Half of the kills come at a moment chosen at random, the other half while a snapshot is being written.
 """
@@ -97,8 +97,8 @@ def main(folder, name=None):
         if not kill(pid, snapshots, number % 2 == 1, rng):
             break
         whole = Snapshots(snapshots).all()
-        for name, digest in read_json(whole[0] / "progress.json")["files"].items() if whole else ():
-            assert sha256_file(whole[0] / name) == digest, "a snapshot with a name is whole"
+        for file, digest in read_json(whole[0] / "progress.json")["files"].items() if whole else ():
+            assert sha256_file(whole[0] / file) == digest, "a snapshot with a name is whole"
         seen.append([whole[0].name if whole else None, sorted(name for name, _ in partial(snapshots))])
     assert os.waitpid(child(snapshots, folder / "killed", name), 0)[1] == 0
     write_json(folder / "seen.json", seen)

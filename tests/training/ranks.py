@@ -7,14 +7,15 @@ import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from common.foundation.files import write_json
+from common.foundation.files import atomic_path, write_json
 from common.model.transformer import Transformer
-from common.training.distributed import World
+from common.training.distributed import World, spread
 from common.training.snapshots import Snapshots, whole_tensors
 from common.training.trainer import TrainingDiverged
 from tests.training.tiny import CONFIG, Ragged, V, Words, stream_of, trainer_of
@@ -30,6 +31,14 @@ RUNS = {  # name -> (parallel, optimizer, config)
 RESUMED = ("shards-adamw", "shards-muon")
 
 
+class Reporting(Ragged):
+    """Reports something beside its loss: processes add that up as well."""
+
+    def loss(self, model, prepared):
+        terms = super().loss(model, prepared)
+        return terms._replace(logged={"twice": 2 * terms.sum})
+
+
 def trainer(name, world, folder=None, how=None, **options):
     """ROWS rows over all processes in each micro-batch."""
     parallel, kind, config = RUNS[name]
@@ -42,7 +51,7 @@ def trainer(name, world, folder=None, how=None, **options):
     if folder is not None:
         options |= {"snapshots": Snapshots(folder), "tokenizer": Words()}
     return trainer_of(
-        model=model, kind=kind, stream=stream, steps=STEPS, accumulate=ACCUMULATE, objective=Ragged(), clip=0.5,
+        model=model, kind=kind, stream=stream, steps=STEPS, accumulate=ACCUMULATE, objective=Reporting(), clip=0.5,
         byte_lengths=torch.arange(V) % 4, evaluate=held_out, evaluate_every=1, **options,
     )  # fmt: skip
 
@@ -103,6 +112,32 @@ def resume(world, folder):
         training = trainer(name, world, folder / f"{name}-on-{world.size}")
         found[name] = {"resumed": training.resume(), "from": training.done, "rows": training.train().history}
     return found
+
+
+def spread_works(world, folder, fails):
+    """What `spread` starts: rank 1 fails, or both add up their ranks plus one."""
+    write_text(folder / str(world.rank), str(os.getpid()))
+    if fails:
+        while world.rank == 0 or not (folder / "0").exists():
+            time.sleep(0.01)
+        raise ArithmeticError("rank 1 has had enough")
+    total = float(world.sum(torch.tensor(world.rank + 1.0)))
+    write_json(folder / f"{world.rank}.json", [world.rank, world.size, torch.get_num_threads(), total])
+
+
+def sleeps(world, folder):
+    write_text(folder / str(world.rank), str(os.getpid()))
+    time.sleep(3600)
+
+
+def spread_for_ever(folder):
+    spread(sleeps, 2, Path(folder))
+
+
+def write_text(path, text):
+    """Whole or absent."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 if __name__ == "__main__":

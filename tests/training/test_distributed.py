@@ -13,10 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.multiprocessing import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
 from common.foundation.files import read_json
-from common.training.distributed import World, inner
+from common.training.distributed import World, inner, spread
 from common.training.snapshots import Snapshots, whole_tensors
 from tests.training import ranks
 from tests.training.ranks import ACCUMULATE, RESUMED, ROWS, RUNS, STEPS
@@ -87,6 +88,7 @@ def assert_rows(found, expected):
     assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(1, STEPS + 1))
     for row, other in zip(found, expected, strict=True):
         assert row.keys() == other.keys()
+        assert row["twice"] == pytest.approx(2 * row["loss"], rel=1e-5), "what is logged, over all processes"
         for key, value in other.items():
             close = pytest.approx(value, rel=1e-5 if key != "gradient_norm" else 1e-4)
             assert row[key] == (close if isinstance(value, float) else value), (row["step"], key)
@@ -239,3 +241,45 @@ def test_inner_is_inside_of_every_wrapper(monkeypatch):
     other = nn.Module()
     other._orig_mod = model
     assert inner(model) is inner(compiled) is inner(Wrapped(other)) is model
+
+
+def test_what_spread_raises_says_where_it_came_from(tmp_path):
+    """And the process that would wait for ever has been stopped."""
+    with pytest.raises(ProcessException, match="spread_works(.|\n)*rank 1 has had enough") as caught:
+        spread(ranks.spread_works, 2, tmp_path, True)
+    assert "Traceback" in str(caught.value)
+    assert not alive(int((tmp_path / "0").read_text()))
+
+
+def test_spread_gives_each_its_rank_and_a_thread(tmp_path):
+    spread(ranks.spread_works, 2, tmp_path, False)
+    assert [read_json(tmp_path / f"{rank}.json") for rank in range(2)] == [[rank, 2, 1, 3.0] for rank in range(2)]
+
+
+def test_a_killed_parent_takes_its_processes_along(tmp_path):
+    code = f"from tests.training import ranks; ranks.spread_for_ever({str(tmp_path)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    try:
+        members = [int(wait_for(tmp_path / str(rank))) for rank in range(2)]
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 60
+    while any(map(alive, members)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, members))
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def alive(pid):
+    """A dead child that nobody has waited for is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

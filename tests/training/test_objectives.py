@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from common.data.documents import Batch
 from common.model.recurrent import Recurrent
 from common.model.transformer import Transformer
 from common.pretrained.names import from_transformers
-from common.training.objectives import Masked, NextToken, Prefix, PreparedTokens, several_documents
+from common.training import objectives
+from common.training.objectives import Masked, NextToken, Prefix, PreparedTokens, plain_head, several_documents
 from tests.training.tiny import CONFIG, V, stream_of
 
 LONG, MASK = 12, V - 1
@@ -210,3 +213,100 @@ def test_packed_documents_are_kept_apart_in_training():
     with torch.no_grad():
         loss = NextToken().loss
         assert loss(model, PreparedTokens(batch)).sum != loss(model, PreparedTokens(joined)).sum
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter around a layer, which stays as it is."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self):  # what would be read behind its back
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+class Inherited(nn.Linear):
+    """The same as a subclass."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_forward_replaced(head):
+    right = head.forward
+    head.forward = lambda x: 2 * right(x)
+    return head
+
+
+def with_hook(head):
+    head.register_forward_hook(lambda _m, _i, output: 2 * output)
+    return head
+
+
+def with_hook_before(head):
+    head.register_forward_pre_hook(lambda _m, inputs: (2 * inputs[0],))
+    return head
+
+
+def with_bias(head):
+    made = nn.Linear(head.in_features, head.out_features)
+    nn.init.ones_(made.bias[: V // 2].detach())
+    return made
+
+
+HEADS = {
+    "adapter": Adapted,
+    "subclass": lambda head: Inherited(head.in_features, head.out_features, bias=False),
+    "parametrised": lambda head: parametrizations.weight_norm(
+        nn.Linear(head.in_features, head.out_features, bias=False)
+    ),
+    "hook": with_hook,
+    "hook before": with_hook_before,
+    "forward replaced": with_forward_replaced,
+    "bias": with_bias,
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_nothing_around_the_head_is_bypassed(name):
+    """The loss is that of the logits that the model itself returns, and what is around the head gets its gradient."""
+    model = Transformer(CONFIG.but(tied=False), seed=1)
+    model.head = HEADS[name](model.head)
+    prepared = PreparedTokens(batch_of(3, padded=2))
+    batch = prepared.batch
+    mask, logits = batch.loss_mask, model(batch.inputs, document_ids=batch.document_ids).logits
+    by_hand = F.cross_entropy(logits[mask], batch.targets[mask], reduction="sum")
+    loss = NextToken().loss(model, prepared).sum
+    torch.testing.assert_close(loss, by_hand)
+    assert plain_head(model) is None
+    ours, theirs = (torch.autograd.grad(one, list(model.parameters())) for one in (loss, by_hand))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_plain_head_is_left_to_the_chunked_loss(monkeypatch):
+    model, calls = Transformer(CONFIG, seed=1), []
+    assert plain_head(model) is model.head
+    monkeypatch.setattr(model.head, "forward", lambda x: calls.append(x))  # would be seen, and makes it not plain
+    assert plain_head(model) is None
+    monkeypatch.undo()
+    chunked = objectives.chunked_language_model_loss
+    monkeypatch.setattr(
+        objectives, "chunked_language_model_loss", lambda *a, **o: (calls.append("chunked"), chunked(*a, **o))[1]
+    )
+    NextToken().loss(model, PreparedTokens(batch_of(2)))
+    assert calls == ["chunked"]
+
+    class Louder(Transformer):
+        def logits_of(self, x):
+            return 2 * super().logits_of(x)
+
+    assert plain_head(Louder(CONFIG)) is None
+    assert plain_head(Recurrent("lstm", V, 8)) is None
+    assert plain_head(Transformer(CONFIG.but(z_loss=0.1))) is None
