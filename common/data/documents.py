@@ -1,4 +1,4 @@
-"""Documents, and the batches in which a model is scored on them.
+"""Documents, batches, and the windows in which a model is scored on documents.
 
 Every document is opened by `<|endoftext|>` and followed by it: inputs are `<eot> d1 d2 … dn`, targets are
 `d1 d2 … dn <eot>`. So the first byte is predicted like any other, and stopping is something a model can learn.
@@ -16,7 +16,7 @@ from common.tokenization.protocol import Tokenizer, document_end
 
 @dataclass(frozen=True)
 class Document:
-    """A text with its name. `group` is what must not be split between train and test (the play of a scene)."""
+    """A text with its name. Documents of one `group` (scenes of one play) must not be split between train and test."""
 
     name: str
     group: str
@@ -43,7 +43,7 @@ class Batch:
 
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Int[Tensor, "T"]]:
-    """`<eot> text <eot>` of each document as int64 ids."""
+    """Encode each document as `<eot> text <eot>`, int64 ids."""
     end = document_end(tokenizer)
     texts = tokenizer.encode_batch([document.text for document in documents])
     return [torch.tensor([end, *ids, end], dtype=torch.int64) for ids in texts]
@@ -52,15 +52,15 @@ def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> l
 def scoring_batches(
     sequences: Sequence[Int[Tensor, "T"]], *, length: int, overlap: int, batch_tokens: int = 16_384
 ) -> Iterator[Batch]:
-    """Windows over each sequence in which every target counts exactly once.
+    """Cut each sequence into windows in which every target counts exactly once.
 
-    A window after the first begins `overlap` tokens early: those are context and do not count again. For a model that
-    sees at most `overlap` tokens back, the result equals scoring each sequence in one piece.
+    Every window but the first begins `overlap` tokens early; these tokens are context and do not count again. For a model
+    that sees at most `overlap` tokens back, the result equals scoring each sequence in one piece.
 
     Args:
-        sequences: token ids of each document, with the opening and closing `<eot>`.
-        length: tokens in a window; must exceed `overlap`.
-        batch_tokens: upper bound on B * T, unless one window alone is longer.
+        sequences: the token ids of each document, with the opening and closing `<eot>`.
+        length: the number of tokens in a window; must exceed `overlap`.
+        batch_tokens: an upper bound on B * T, unless one window alone is longer.
     """
     if length <= overlap:
         raise ValueError(f"windows of {length} tokens cannot overlap by {overlap}: raise length or lower overlap")
@@ -71,7 +71,7 @@ def scoring_batches(
         while start == 0 or start + overlap < total:
             windows.append((document, start, start + overlap if start else 0, min(start + length, total)))
             start += length - overlap
-    # Rows of similar length together: little padding, and the order does not matter because nothing is averaged here.
+    # Rows of similar length go together, which saves padding. The order does not matter: nothing is averaged here.
     windows.sort(key=lambda window: window[3] - window[1])
     while windows:
         longest = windows[-1][3] - windows[-1][1]

@@ -1,9 +1,9 @@
-"""A checkpoint: tensors in safetensors, everything else in JSON, and the tokenizer's fingerprint in both directions.
+"""A checkpoint: a model's tensors in safetensors, everything else in JSON, bound to one tokenizer by its fingerprint.
 
     <folder>/model.safetensors      the tensors
-    <folder>/checkpoint.json        what kind of model, which tokenizer, the hash of the tensors; written last
+    <folder>/checkpoint.json        the kind of model, the tokenizer, the hash of the tensors; written last
 
-This is a model to use. A training in progress is more than its model: see snapshots.py. Nothing is ever unpickled.
+A checkpoint is a model to use. A training in progress is more than its model: see snapshots.py. Nothing is ever unpickled.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from common.tokenization.protocol import Tokenizer
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """What makes a model of this kind and shape, as plain values. `build_model` is the way back."""
+    """The kind and shape of a model as plain values, from which `build_model` makes it again."""
     if isinstance(model, NGram):
         return {"kind": "ngram", "order": model.order, "vocab_size": model.vocab_size}
     if isinstance(model, Transformer):
@@ -37,7 +37,7 @@ def describe_model(model: Any) -> dict[str, Any]:
 
 
 def build_model(described: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Any:
-    """A model of that description with these tensors, or ValueError that says what differs."""
+    """Make a model of that description with these tensors. Raises ValueError with what does not fit."""
     kind = described["kind"]
     if kind == "ngram":
         levels = [{name: tensors[f"level{k}_{name}"] for name in PARTS} for k in range(described["order"])]
@@ -54,7 +54,7 @@ def build_model(described: dict[str, Any], tensors: dict[str, Tensor], where: st
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Fill every parameter, strictly. Raises ValueError before anything is changed."""
+    """Fill every parameter from the tensor of its name. Raises ValueError, before any change, if a name or shape differs."""
     mine = dict(model.named_parameters())
     missing, unexpected = sorted(set(mine) - set(tensors)), sorted(set(tensors) - set(mine))
     shapes = [
@@ -73,10 +73,10 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], where: str) -> No
 def save_checkpoint(
     folder: str | Path, model: Any, tokenizer: Tokenizer, *, tensors: dict[str, Tensor] | None = None
 ) -> Path:
-    """Write the model, atomically: a folder without a matching checkpoint.json is not a checkpoint.
+    """Write the model atomically: a folder without a matching checkpoint.json is not a checkpoint.
 
     Args:
-        tensors: its parameters by name, if they are not in `model` as they should be saved (gathered from shards).
+        tensors: the parameters by name, if those in `model` are not whole (because they are sharded).
     """
     folder = Path(folder)
     if tensors is None:
@@ -98,9 +98,9 @@ def load_checkpoint(folder: str | Path, tokenizer: Tokenizer) -> Any:
     """Read a model back, or refuse.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: truncated or altered tensors, an unknown kind of model, names or shapes that differ, or a tokenizer other
-            than the model's. The message says both sides.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the tensors were truncated or altered, the kind of model is unknown, names or shapes differ, or the
+            tokenizer is not the model's. The message says both sides.
     """
     folder = Path(folder)
     described, tensors = read_checkpoint(folder, tokenizer)
@@ -108,14 +108,14 @@ def load_checkpoint(folder: str | Path, tokenizer: Tokenizer) -> Any:
 
 
 def load_with_tokenizer(folder: str | Path) -> tuple[Any, Tokenizer]:
-    """A model and the tokenizer that lies beside it; bytes where there is none."""
+    """A model and the tokenizer in its folder, or the byte tokenizer if there is none."""
     path = Path(folder) / "tokenizer.json"
     tokenizer = BPETokenizer.load(path) if path.exists() else ByteTokenizer()
     return load_checkpoint(folder, tokenizer), tokenizer
 
 
 def read_checkpoint(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(description of the model, tensors), checked against the tokenizer and against their hash."""
+    """(description of the model, tensors), after checking the tokenizer and the hash of the tensors."""
     for name in ("checkpoint.json", "model.safetensors"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder} is not a checkpoint: it has no {name}")
@@ -136,7 +136,7 @@ def read_checkpoint(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any],
 
 
 def model_fingerprint(model: Any) -> str:
-    """A hash of the class, the vocabulary and every tensor: equal fingerprints and equal code, equal functions."""
+    """A hash of the class, the vocabulary and every tensor. Models with equal fingerprints and code compute the same."""
     parts = [f"{type(model).__module__}.{type(model).__qualname__} {model.vocab_size} ".encode()]
     for name, tensor in sorted(model.state_dict().items()):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

@@ -1,4 +1,4 @@
-"""The one loss of the year: negative log-likelihood of the targets that count.
+"""The loss of everything that predicts tokens: the negative log-likelihood of the targets that count.
 
 It returns the sum and the count beside the mean, because means of unequal batches must never be averaged again
 (gallery: spine/mean-of-means).
@@ -16,7 +16,7 @@ from common.model.norms import autocast_dtype
 
 
 class Loss(NamedTuple):
-    """In nats. `mean` is `sum / count`, and zero where nothing counts."""
+    """A loss in nats. `mean` is `sum / count`, and zero where nothing counts."""
 
     sum: Float[Tensor, ""]
     count: Int[Tensor, ""]
@@ -37,7 +37,7 @@ def token_nats(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> F
 def language_model_loss(
     logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"] | None = None
 ) -> Loss:
-    """Sum, count and mean of the loss over the targets that `loss_mask` admits (all of them without one)."""
+    """Sum, count and mean of the loss over the targets that `loss_mask` admits, or over all if it is None."""
     nats = token_nats(logits, targets)
     if loss_mask is None:
         loss_mask = targets.new_ones(targets.shape, dtype=bool)
@@ -46,7 +46,7 @@ def language_model_loss(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sum of weighted losses. The gradients are made in the forward pass, chunk by chunk, while its logits are at hand."""
+    """The sum of weighted losses. The forward pass also computes the gradients, chunk by chunk, while it has the logits."""
 
     @staticmethod
     def forward(
@@ -103,16 +103,16 @@ def chunked_language_model_loss(
     chunk: int = 512,
     softcap: float | None = None,
 ) -> Loss:
-    """`language_model_loss` of the logits `hidden @ head.T`, which are never there as a whole.
+    """`language_model_loss` of the logits `hidden @ head.T`, which are never held as a whole.
 
-    On a CPU in bf16, at a vocabulary of 2,048, it is several times faster than the plain form; in fp32 at 16,384 it is not
-    (bench/may.py). Its memory does not grow with
-    B * T * V. The gradient by `loss_mask` is not defined, and second derivatives are not either.
+    On a CPU in bf16, with a vocabulary of 2,048, it is several times faster than the plain form; in fp32 with 16,384 tokens
+    it is not (bench/may.py). Its memory does not grow with B * T * V. It has no gradient with respect to `loss_mask`, and no
+    second derivatives.
 
     Args:
         hidden: the normed stream, `model(ids, head=False).hidden[-1]`.
         head: the output matrix, `model.head.weight`.
-        chunk: positions at a time.
+        chunk: the number of positions that are computed at a time.
         softcap: the model's `logit_softcap`.
     """
     if hidden.shape[:-1] != targets.shape:

@@ -1,11 +1,11 @@
-"""AdamW and Muon from their papers, and the rule that says which parameter belongs to which.
+"""AdamW and Muon from their papers, and the rule that assigns each parameter to one of them.
 
     AdamW  divides each coordinate by the size it usually has      (Kingma and Ba 2014; Loshchilov and Hutter 2017)
     Muon   makes all directions of a matrix equally long           (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)
 
-Muon is for the hidden matrices only: an embedding is a table of rows that are rarely met, not a map between spaces, and a
-norm's weight is no matrix at all. The bookkeeping is that of `torch.optim.Optimizer`, the arithmetic is here. Tests hold
-AdamW equal to torch's fused step and Muon to torch's.
+Muon is for the hidden matrices only: an embedding is a table whose rows rarely get a gradient, not a map between spaces, and
+a norm's weight is no matrix at all. The bookkeeping is that of `torch.optim.Optimizer`; the arithmetic is here. Tests hold
+AdamW equal to torch's fused step, and Muon equal to torch's.
 """
 
 import math
@@ -23,8 +23,8 @@ from common.training.distributed import gathered, inner
 class AdamW(torch.optim.Optimizer):
     """p <- p - lr * (m / (sqrt(v) + eps) + weight_decay * p), with m and v corrected for their start at zero.
 
-    The decay is not part of the gradient, so the division by sqrt(v) does not undo it: that is the W. State and arithmetic
-    are fp32 whatever the parameter's format.
+    The decay is not part of the gradient, so the division by sqrt(v) does not undo it; this is what the W stands for. State
+    and arithmetic are fp32, whatever the format of the parameter.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients that are there."""
+        """Make one update; parameters without a gradient stay as they are."""
         for group in self.param_groups:
             group["steps"] += 1
             (b1, b2), rate, done = group["betas"], group["lr"], group["steps"]
@@ -67,8 +67,8 @@ def orthogonalised(
 ) -> Float[Tensor, "N R C"]:
     """Each matrix with its singular values moved near 1 and its singular vectors kept: U S V^T becomes about U V^T.
 
-    By Newton-Schulz: x -> a x + (b s + c s^2) x with s = x x^T acts on the singular values alone, as an odd polynomial.
-    Values end between about 0.7 and 1.2, which is as good as 1 here and needs no decomposition.
+    This is the Newton-Schulz iteration: x -> a x + (b s + c s^2) x with s = x x^T changes the singular values alone, by an
+    odd polynomial. They end between about 0.7 and 1.2, which is as good as 1 here, and no decomposition is needed.
     """
     a, b, c = QUINTIC
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -88,8 +88,8 @@ class Muon(torch.optim.Optimizer):
     al. 2025, "Muon is scalable for LLM training", section 2.2). Matrices of one shape are handled in one batched product.
 
     Args:
-        parameters: matrices, or stacks of them (the last two dimensions count).
-        dtype: of the iteration. bf16 is enough; fp32 where bf16 is not faster.
+        parameters: matrices, or stacks of matrices (the last two dimensions count).
+        dtype: the format of the iteration. bf16 is precise enough; take fp32 where bf16 is not faster.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients that are there."""
+        """Make one update; parameters without a gradient stay as they are."""
         for group in self.param_groups:
             group["steps"] += 1
             shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
@@ -131,7 +131,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-size)
 
     def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """The gradient, smoothed and looked ahead (Nesterov)."""
+        """The gradient with Nesterov momentum."""
         g = p.grad.float()
         m = self.state[p]["momentum"].lerp_(g, 1 - momentum)
         return g.lerp(m, momentum)
@@ -141,7 +141,7 @@ Kind = Literal["hidden", "table", "plain"]
 
 
 def kind_of(name: str, parameter: Tensor) -> Kind:
-    """What a parameter is to an optimizer.
+    """The role of a parameter, which decides its optimizer and its decay.
 
     "hidden": a matrix between two spaces of the model. "table": embeddings, head and router, whose rows belong to tokens or
     experts. "plain": weights of norms and biases, which are never decayed (gallery: pretraining/decayed-norms).
@@ -153,7 +153,7 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
 
 
 def groups_of(model: nn.Module) -> dict[Kind, dict[str, nn.Parameter]]:
-    """Every parameter that is trained in exactly one group, tied ones once: kind -> name -> parameter."""
+    """Sort every parameter that is trained into one group (a tied one counts once): kind -> name -> parameter."""
     groups: dict[Kind, dict[str, nn.Parameter]] = {"hidden": {}, "table": {}, "plain": {}}
     for name, parameter in inner(model).named_parameters():  # each tensor once, under its first name
         if parameter.requires_grad:
@@ -162,13 +162,13 @@ def groups_of(model: nn.Module) -> dict[Kind, dict[str, nn.Parameter]]:
 
 
 class Optimizers:
-    """The optimizers of one model as one: a step, a rate, and a state that goes by the names of parameters.
+    """All optimizers of one model behind one step, one rate, and a state in which tensors have the names of parameters.
 
     Args:
         parts: optimizers that share no parameter.
-        names: of the parameters, as the model calls them.
+        names: the model's name for each parameter.
     Raises:
-        ValueError: a parameter in two groups or in none.
+        ValueError: a parameter is in two groups or in none.
     """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer], names: dict[str, nn.Parameter]) -> None:
@@ -199,17 +199,17 @@ class Optimizers:
             group["lr"] = group["top"] * factor
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """ "<parameter>/<what>" -> tensor. They are the state itself, not copies."""
+        """ "<parameter>/<what>" -> tensor. These are the state itself, not copies."""
         states = {id(p): state for part in self.parts for p, state in part.state.items()}
         return {f"{name}/{key}": tensor for name, p in self.names.items() for key, tensor in states[id(p)].items()}
 
     def counters(self) -> list[int]:
-        """Updates done by each group: what the corrections of AdamW count."""
+        """The number of updates of each group, which AdamW needs to correct its moments for their start at zero."""
         return [group["steps"] for group in self.groups]
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of `state_tensors`. Raises ValueError where they are another model's or optimizer's."""
+        """Take over the tensors of `state_tensors`. Raises ValueError if they belong to another model or optimizer."""
         mine = self.state_tensors()
         wrong = sorted(set(mine) ^ set(tensors)) or [n for n in mine if mine[n].shape != tensors[n].shape]
         if wrong:
@@ -239,9 +239,9 @@ def make_optimizers(
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     Args:
-        learning_rate: of all groups, at the top of the schedule.
-        weight_decay: of hidden matrices and tables; norms and biases have none.
-        muon_dtype: of Muon's iteration; None is bf16 where this machine is faster in it.
+        learning_rate: the rate of all groups at the top of the schedule.
+        weight_decay: the decay of hidden matrices and tables; norms and biases have none.
+        muon_dtype: the format of Muon's iteration; None is bf16 where this machine is faster in it.
     """
     if kind not in ("adamw", "muon"):
         raise ValueError(f"optimizer {kind!r} is unknown; there are adamw, muon")

@@ -1,9 +1,9 @@
 """bf16 on a processor that has no instructions for it: operands and results of matrix products are rounded, sums are fp32.
 
-torch's own bf16 products run there, fifty times slower than fp32. To see what the format does to a *training*, its rounding
-is enough: within `rounded_products()` every product has operands and a result that bf16 can hold, forward and backward, as
-under `torch.autocast`. What lies between two products (norms, activations, sums of the stream) stays fp32, where autocast
-may keep bf16.
+torch's own bf16 products work there, but fifty times slower than fp32. To see what the format does to a *training*, its
+rounding is enough: within `rounded_products()` every product has operands and a result that bf16 can hold, forward and
+backward, as under `torch.autocast`. What lies between two products (norms, activations, sums of the residual stream) stays
+fp32, where autocast may keep bf16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# The products of the model, the loss and Muon, and how many of the leading arguments are operands.
+# The products of the model, the loss and Muon, each with the number of leading arguments that are operands.
 PRODUCTS = {
     F.linear: 2,
     torch.matmul: 2,
@@ -25,7 +25,7 @@ PRODUCTS = {
 
 
 class _Rounded(torch.autograd.Function):
-    """The nearest number that bf16 holds, in fp32; the same for the gradient on its way back."""
+    """Round to the nearest number that bf16 holds, and do the same to the gradient on its way back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class rounded_products(TorchFunctionMode):
-    """Within the block, fp32 products are those of bf16 with fp32 sums."""
+    """Within the block, fp32 products round as bf16 products with fp32 sums do."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -1,7 +1,7 @@
-"""Learning rates over a training, as a function of the step alone, and the test that finds the highest one that holds.
+"""Learning rates over a training as a function of the step alone, and the test that finds the highest usable rate.
 
-A factor of the top rate, from the first update (step 0) to the last (steps - 1). The first one is above zero: a warm-up
-that starts at 0 spends its first batch on nothing (gallery: pretraining/zero-warmup).
+A schedule is a factor of the top rate for each update, from the first (step 0) to the last (steps - 1). The first factor is
+above zero: a warm-up that starts at 0 wastes its first batch (gallery: pretraining/zero-warmup).
 """
 
 import math
@@ -24,7 +24,7 @@ def cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
 def warmup_stable_decay(step: int, steps: int, warmup: int, floor: float = 0.0, decay: float = 0.3) -> float:
     """A linear rise, a plateau, and a linear fall over the last `decay` of all steps (Hu et al. 2024, "MiniCPM").
 
-    The plateau does not depend on `steps`: a training can be prolonged from there, and decided on later.
+    The plateau does not depend on `steps`, so a training can be prolonged from any point of it.
 
     >>> [round(warmup_stable_decay(step, 10, 2), 2) for step in (0, 1, 6, 7, 9)]
     [0.5, 1.0, 1.0, 0.75, 0.25]
@@ -39,12 +39,12 @@ def warmup_stable_decay(step: int, steps: int, warmup: int, floor: float = 0.0, 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which shape, and its numbers. `schedule(step)` is the factor of update `step`, counted in updates, not micro-batches.
+    """A shape and its numbers. `schedule(step)` is the factor of update `step`; updates are counted, not micro-batches.
 
     Attributes:
-        steps: updates in all.
-        warmup: updates of rise.
-        floor: factor at the end.
+        steps: the number of updates in all.
+        warmup: the number of updates over which the rate rises.
+        floor: the factor at the end.
     """
 
     steps: int
@@ -66,7 +66,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RateRange:
-    """From `lowest` to 1 by a constant factor a step: the rate at which the loss turns up is too high (Smith 2015).
+    """Raise the rate from `lowest` to 1 by a constant factor a step; where the loss turns up, it is too high (Smith 2015).
 
     >>> [round(RateRange(0.01, 3)(step), 3) for step in range(3)]
     [0.01, 0.1, 1.0]

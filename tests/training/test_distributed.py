@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torch.multiprocessing import ProcessException
+from torch.multiprocessing.spawn import ProcessException
 from torch.nn.parallel import DistributedDataParallel
 
 from common.foundation.files import read_json
