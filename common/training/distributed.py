@@ -141,8 +141,8 @@ def spread(work: Callable[..., None], processes: int, *arguments: Any) -> None:
     Args:
         work: a function of a module, with arguments that can be pickled between processes.
     Raises:
-        torch.multiprocessing.spawn.ProcessException: one of them failed or was killed. The message holds its traceback, and the
-            others have been stopped.
+        torch.multiprocessing.spawn.ProcessException: one of them failed or was killed. The message holds its traceback,
+            and the others have been stopped.
     """
     with tempfile.TemporaryDirectory() as folder, environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
         meeting = (Path(folder) / "meeting").as_uri()

@@ -1,6 +1,8 @@
-"""The smallest training loop: AdamW, a warm-up, a cosine, and nothing hidden.
+"""The smallest training loop: torch's AdamW, a warm-up and a cosine, written out.
 
-It is for studies of minutes, where twenty small models are compared. Trainer saves, resumes, accumulates and evaluates.
+The experiments of March and April use it; they came before the Trainer. Their numbers belong to this loop to the last bit:
+it takes torch's optimizer and clipping, decays every parameter alike, computes the loss from whole logits, and leaves torch's
+generator alone. Later months use the Trainer (quick.py), which also saves, resumes, accumulates and evaluates.
 """
 
 import math
@@ -19,7 +21,7 @@ from common.training.schedules import cosine
 
 @dataclass
 class Fit:
-    """What happened: `losses` in nats at every step, and the step at which the loss was no longer finite, if it was."""
+    """What happened: `losses` in nats at every step, and the step at which the loss was no longer finite, or None."""
 
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
@@ -39,14 +41,14 @@ def fit(
     label: str = "",
     watch: Callable[[int], None] | None = None,
 ) -> Fit:
-    """Train in place.
+    """Train a model in place.
 
     Args:
-        batch_at: the batch of each step; a function of the step alone, so that runs can be compared batch by batch.
-        learning_rate: at the top of the schedule, which ends at a tenth of it.
-        warmup: steps of linear rise; a tenth of all by default.
-        clip: largest gradient norm, None for no clipping.
-        watch: called with the number of steps done, before the first and after each.
+        batch_at: returns the batch of a step; a function of the step alone, so that trainings can be compared by batch.
+        learning_rate: the rate at the top of the schedule, which ends at a tenth of it.
+        warmup: the number of steps of linear rise; by default a tenth of all.
+        clip: the largest gradient norm; None never clips.
+        watch: called with the number of steps done, before the first step and after each.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     warmup, found = steps // 10 if warmup is None else warmup, Fit()

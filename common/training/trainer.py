@@ -36,6 +36,7 @@ from common.training.rounding import rounded_products
 from common.training.schedules import Schedule
 from common.training.snapshots import Snapshots
 
+WRITTEN = ("step", "loss", "gradient_norm", "rate", "bytes", "bits_per_byte")  # and the units, under their own name
 HistoryRow = dict[str, float]  # what is kept of an update or an evaluation; the time of day is not in it
 
 
@@ -186,12 +187,7 @@ class Trainer:
             for name, value in terms.logged.items():
                 value = torch.as_tensor(value, device=device).detach()
                 logged[name] = logged[name] + value if name in logged else value
-        if int(counted) != int(mine):  # the loss would be divided by something else than it was summed over
-            self.optimizers.zero_grad()
-            raise ValueError(
-                f"update {self.done}: {type(self.objective).__name__} prepared {int(mine)} {self.objective.unit}s and its "
-                f"loss counts {int(counted)}: `units` and `Terms.count` must agree"
-            )
+        self._check_objective(int(mine), int(counted), logged)
 
         # The loss that is reported is the one that was minimised, without the penalty, over all processes.
         total = self.world.sum(total)
@@ -208,10 +204,6 @@ class Trainer:
 
         count = f"{self.objective.unit}s"
         row = {"step": self.done, "loss": mean, "gradient_norm": norm, "rate": rate, count: int(units)}
-        if taken := row.keys() & logged.keys():
-            raise ValueError(
-                f"{type(self.objective).__name__} logs {sorted(taken)}, which the trainer writes: rename it"
-            )
         for name in sorted(logged):  # sorted, so that processes that log in another order add up the same quantities
             row[name] = float(self.world.sum(logged[name].float()) / units)
         if self.byte_lengths is not None:
@@ -220,6 +212,18 @@ class Trainer:
         if self.watch:
             self.watch(row)
         return row
+
+    def _check_objective(self, prepared: int, counted: int, logged: Mapping[str, Tensor]) -> None:
+        """Raises ValueError, before the step, if the objective contradicts itself or the trainer."""
+        name, unit = type(self.objective).__name__, self.objective.unit
+        said = ""
+        if counted != prepared:  # the loss was divided by another number than the one that it was summed over
+            said = f"prepared {prepared} {unit}s and its loss counts {counted}: `units` and `Terms.count` must agree"
+        if taken := logged.keys() & {*WRITTEN, f"{unit}s"}:
+            said = f"logs {sorted(taken)}, which the trainer writes: rename it"
+        if said:
+            self.optimizers.zero_grad()
+            raise ValueError(f"update {self.done}: {name} {said}")
 
     def _bits_per_byte(self, prepared: list[Prepared], nats: Tensor) -> HistoryRow:
         """The bytes that the targets of an update stand for, and the loss for each of them."""

@@ -89,7 +89,7 @@ def test_a_name_that_the_trainer_writes_is_refused():
         def loss(self, model, prepared):
             return super().loss(model, prepared)._replace(logged={"loss": 1.0})
 
-    with pytest.raises(ValueError, match=r"Clashing logs \['loss'\], which the trainer writes"):
+    with pytest.raises(ValueError, match=r"update 0: Clashing logs \['loss'\], which the trainer writes"):
         trainer_of(objective=Clashing()).update()
 
 
