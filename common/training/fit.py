@@ -1,8 +1,8 @@
 """The smallest training loop: torch's AdamW, a warm-up and a cosine, written out.
 
 The experiments of March and April use it; they came before the Trainer. Their numbers belong to this loop to the last bit:
-it takes torch's optimizer and clipping, decays every parameter alike, computes the loss from whole logits, and leaves torch's
-generator alone. Later months use the Trainer (quick.py), which also saves, resumes, accumulates and evaluates.
+it takes torch's optimizer and clipping, decays every parameter alike, computes the loss from whole logits, and leaves
+torch's generator alone. Later months use the Trainer (quick.py), which also saves, resumes, accumulates and evaluates.
 """
 
 import math
