@@ -99,7 +99,7 @@ def _attend_by_products(
 
 
 @dataclass
-class Scene:
+class AttentionContext:
     """What all layers of one forward pass share.
 
     Attributes:
@@ -144,8 +144,8 @@ class Attention(nn.Module):
             self.query_norm = Norm("rms", config.d_head, config.norm_epsilon)
             self.key_norm = Norm("rms", config.d_head, config.norm_epsilon)
 
-    def forward(self, x: Float[Tensor, "B T C"], scene: Scene | None = None) -> Float[Tensor, "B T C"]:
-        config, scene = self.config, scene or Scene()
+    def forward(self, x: Float[Tensor, "B T C"], context: AttentionContext | None = None) -> Float[Tensor, "B T C"]:
+        config, context = self.config, context or AttentionContext()
         batch, length, _ = x.shape
         # (B, T, H·D) -> (B, T, H, D) -> (B, H, T, D). A view straight to (B, H, T, D) has the right shape and mixes
         # tokens with heads (gallery: attention/heads-by-view).
@@ -154,10 +154,10 @@ class Attention(nn.Module):
         v = self.value(x).view(batch, length, config.groups, config.d_head).transpose(1, 2)
         if config.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        if scene.rotation is not None:
-            q, k = (turn(y, *scene.rotation, config.rope_layout) for y in (q, k))
-        if scene.cache is not None:
-            k, v = scene.cache.append(self.layer, k, v)  # keys are cached as they are compared: already turned
+        if context.rotation is not None:
+            q, k = (turn(y, *context.rotation, config.rope_layout) for y in (q, k))
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)  # keys are cached as they are compared: already turned
         dropout = config.dropout if self.training else 0.0
-        mixed = scene.attend(q, k, v, scale=config.attention_scale, dropout=dropout)  # (B, H, T, D)
+        mixed = context.attend(q, k, v, scale=config.attention_scale, dropout=dropout)  # (B, H, T, D)
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -14,8 +14,8 @@ the interface that the transformer will have. Left out on purpose: Kneser-Ney co
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common.data.documents import Document, tokenize_documents
 from common.model.output import Output
+from common.model.registry import registered
 from common.tokenization.protocol import Tokenizer
 
 PARTS = ("keys", "offsets", "tokens", "counts")  # the arrays of a level
@@ -53,6 +54,7 @@ class NaiveNGram:
         return probability
 
 
+@registered("ngram")
 class NGram(nn.Module):
     """The same model as sorted arrays: a trie of contexts, one level for each context length.
 
@@ -122,6 +124,21 @@ class NGram(nn.Module):
         if not 1 <= order <= self.order:
             raise ValueError(f"a model of order {self.order} contains the orders 1 to {self.order}, not {order}")
         return type(self)(self.vocab_size, self.levels()[:order])
+
+    def describe(self) -> dict[str, Any]:
+        """See registry.Describable. How many contexts there are is not described: `resize` takes it from the tensors."""
+        return {"kind": "ngram", "order": self.order, "vocab_size": self.vocab_size}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> Self:
+        levels = [{name: torch.zeros(0, dtype=torch.int64) for name in PARTS} for _ in range(described["order"])]
+        return cls(described["vocab_size"], levels)
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Make room for tensors of these shapes, by name: what was counted decides the size, unlike in a network."""
+        for name, buffer in list(self.named_buffers()):
+            if name in shapes:
+                self.register_buffer(name, buffer.new_empty(tuple(shapes[name])))
 
     def level(self, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keys, offsets, tokens, counts) of the contexts of k tokens."""

@@ -6,7 +6,8 @@ additions, which keeps gradients alive longer. The projections of all inputs are
 Tests hold both equal to torch's modules.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from common.model.initialise import initialise
 from common.model.masks import document_starts
 from common.model.output import Output
+from common.model.registry import registered
 
 
 def rnn_step(projected: Tensor, state: Tensor, recurrent: nn.Linear) -> Tensor:
@@ -58,6 +60,7 @@ class RecurrentLayer(nn.Module):
         return torch.stack(made, dim=1) if made else x
 
 
+@registered("recurrent")
 class Recurrent(nn.Module):
     """A recurrent language model. See LanguageModel.
 
@@ -110,6 +113,15 @@ class Recurrent(nn.Module):
         for layer in self.layers:
             x = layer(x, fresh, skip)
         return Output(self.head(x))
+
+    def describe(self) -> dict[str, Any]:
+        """See registry.Describable. The seed and the initial forget bias are not described: they are in the weights."""
+        shape = {"cell": self.kind, "width": self.width, "layers": len(self.layers)}
+        return {"kind": "recurrent", "vocab_size": self.vocab_size, **shape}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> Self:
+        return cls(described["cell"], described["vocab_size"], described["width"], described["layers"])
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -6,8 +6,9 @@ Each block adds to a stream of width C that runs through the model untouched: th
 first; everything else of the folder is called from there. Left out on purpose: gradient checkpointing and parallelism (May).
 """
 
-from collections.abc import Collection
-from typing import Any
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from common.model import cost
-from common.model.attention import Attention, Scene
+from common.model.attention import Attention, AttentionContext
 from common.model.cache import Cache
 from common.model.config import ModelConfig
 from common.model.initialise import initialise
@@ -25,6 +26,7 @@ from common.model.mlp import MLP, MixtureOfExperts, Routing
 from common.model.norms import Norm
 from common.model.output import Output
 from common.model.positions import alibi_bias, alibi_slopes, rope_angles, rope_frequencies, sinusoidal_table, wide
+from common.model.registry import registered
 
 WANTS = ("hidden", "attention")
 
@@ -61,9 +63,9 @@ class Block(nn.Module):
         return getattr(self, f"{branch}_norm")(out) if config.norm_placement == "post" else out
 
     def forward(
-        self, x: Float[Tensor, "B T C"], scene: Scene, pad_mask: Bool[Tensor, "B T"] | None = None
+        self, x: Float[Tensor, "B T C"], context: AttentionContext, pad_mask: Bool[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T C"], Routing | None]:
-        x = self._add("attention", x, self.attention(self._before("attention", x), scene))
+        x = self._add("attention", x, self.attention(self._before("attention", x), context))
         if self.mlp is None:
             return x, None
         y, routing = self._before("mlp", x), None
@@ -74,6 +76,7 @@ class Block(nn.Module):
         return self._add("mlp", x, y), routing
 
 
+@registered("transformer")
 class Transformer(nn.Module):
     """A decoder-only language model. See LanguageModel for the interface that all models of the year share.
 
@@ -155,7 +158,9 @@ class Transformer(nn.Module):
             cache.begin((batch, length), document_ids, pad_mask)
         if prefix is not None and document_ids is None:
             document_ids = torch.zeros((batch, length), dtype=torch.int64, device=x.device)
-        scene, places = self._scene(x, cache, positions, document_ids, pad_mask, "attention" in want, prefix)
+        context, places = self._attention_context(
+            x, cache, positions, document_ids, pad_mask, "attention" in want, prefix
+        )
         x = self._add_positions(x, places)
         if pad_mask is not None:
             x = x.masked_fill(pad_mask[..., None], 0.0)  # whatever stood there: 0 * NaN is NaN
@@ -163,7 +168,7 @@ class Transformer(nn.Module):
             x = F.dropout(x, self.config.dropout)
         hidden, routings = [x], []
         for block in self.blocks:
-            x, routing = block(x, scene, pad_mask)
+            x, routing = block(x, context, pad_mask)
             hidden.append(x)
             routings.append(routing)
         if self.final_norm is not None:
@@ -172,8 +177,8 @@ class Transformer(nn.Module):
             cache.advance(length)
         logits = self.logits_of(x) if head else None
         aux = self._aux(logits, routings, pad_mask)
-        if scene.weights is not None:
-            aux["attention"] = scene.weights
+        if context.weights is not None:
+            aux["attention"] = context.weights
         if not head and "hidden" not in want:
             hidden = [x]
         return Output(logits, hidden if "hidden" in want or not head else None, aux)
@@ -197,7 +202,7 @@ class Transformer(nn.Module):
             embeds = self.embedding(ids)
         return embeds if self.config.embedding_scale == 1.0 else embeds * self.config.embedding_scale
 
-    def _scene(
+    def _attention_context(
         self,
         x: Tensor,
         cache: Cache | None,
@@ -206,7 +211,7 @@ class Transformer(nn.Module):
         pad_mask: Tensor | None,
         keep_weights: bool,
         prefix: Tensor | None = None,
-    ) -> tuple[Scene, Tensor]:
+    ) -> tuple[AttentionContext, Tensor]:
         """(what the layers share, positions of the T tokens). One rule for all cases: build it for all S, use the last T."""
         config, (_batch, length, _) = self.config, x.shape
         if cache is not None:
@@ -216,17 +221,17 @@ class Transformer(nn.Module):
         counted = positions_of(document_ids, pad_mask) if structured else torch.arange(total, device=x.device)[None]
         counted_on = counted[:, total - length :]
         places = counted_on if positions is None else positions  # (B or 1, T)
-        scene = Scene(cache=cache, weights=[] if keep_weights else None)
+        context = AttentionContext(cache=cache, weights=[] if keep_weights else None)
         if structured or config.window is not None:
-            scene.mask = attention_mask(
+            context.mask = attention_mask(
                 document_ids, pad_mask=pad_mask, positions=counted, window=config.window, prefix=prefix, queries=length
             )[:, None]
         if config.positions == "alibi":
-            scene.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted_on, counted)
+            context.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted_on, counted)
         if config.positions == "rope":
             # (B or 1, 1, T, D), so that it broadcasts over heads
-            scene.rotation = tuple(part[:, None] for part in self._angles(places, straight=places is counted_on))
-        return scene, places
+            context.rotation = tuple(part[:, None] for part in self._angles(places, straight=places is counted_on))
+        return context, places
 
     def _angles(self, places: Int[Tensor, "B T"], *, straight: bool) -> tuple[Tensor, Tensor]:
         """cos and sin at these positions, looked up in a table that grows. `straight`: nobody chose them."""
@@ -276,6 +281,14 @@ class Transformer(nn.Module):
         return Cache(
             self.config, batch, capacity or self.context_length, dtype=dtype or weight.dtype, device=weight.device
         )
+
+    def describe(self) -> dict[str, Any]:
+        """See registry.Describable."""
+        return {"kind": "transformer", "config": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> Self:
+        return cls(ModelConfig(**described["config"]))
 
     def num_parameters(self) -> int:
         """Tied ones counted once."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.foundation.files import read_json, sha256_file, write_json
-from common.training.checkpoint import describe_model, load_tensors, read_checkpoint, save_checkpoint
+from common.training.checkpoint import describe_model, load_onto, read_checkpoint, save_checkpoint, trainable_names
 from common.training.distributed import gathered, inner, is_sharded
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ class Snapshots:
             with _quiet():
                 dcp.save(_tensors_of(trainer), checkpoint_id=partial / "shards")
         elif first:
-            save_checkpoint(partial, model, trainer.tokenizer)
+            learns, parameters = trainable_names(model), dict(model.named_parameters())
+            # What is frozen is not written again and again: the checkpoint keeps its fingerprint.
+            only = learns if 0 < len(learns) < len(parameters) else None
+            save_checkpoint(partial, model, trainer.tokenizer, only=only)
             state = {name: t.detach().cpu().contiguous() for name, t in trainer.optimizers.state_tensors().items()}
             safetensors.torch.save_file(state, partial / "training.safetensors")
         trainer.world.meet()
@@ -75,7 +78,8 @@ class Snapshots:
                 os.replace(place, aside)
             os.replace(partial, place)
             shutil.rmtree(aside, ignore_errors=True)
-            # Not among the newer ones: those are damaged, and must not push out what is whole.
+            # Count only snapshots up to this step. A newer one on disk was found damaged when we resumed; it must not count
+            # toward `keep` and evict a good one.
             behind = [path for path in self.all() if path.name <= place.name]
             for old in behind[self.keep :]:  # gallery: pretraining/delete-before-write
                 shutil.rmtree(old)
@@ -127,11 +131,11 @@ class Snapshots:
         else:
             if is_sharded(trainer.model):
                 raise ValueError(f"{place} was saved whole: resume it without sharding, or begin anew")
-            tensors = read_checkpoint(place, trainer.tokenizer)[1]
+            saved, tensors = read_checkpoint(place, trainer.tokenizer)
             state = safetensors.torch.load((place / "training.safetensors").read_bytes())
             both = (("model", tensors), ("optimizer", state))
             _compare(trainer, {f"{kind}/{n}": tuple(t.shape) for kind, part in both for n, t in part.items()}, place)
-            load_tensors(inner(trainer.model), tensors, str(place))
+            load_onto(inner(trainer.model), saved, tensors, str(place))
             trainer.optimizers.load(state)
         trainer.optimizers.load_counters(progress["counters"])
         trainer.load_progress(progress)
@@ -143,8 +147,14 @@ def whole_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors_of(trainer: "Trainer") -> dict[str, Tensor]:
-    """Everything by name: what `torch.distributed.checkpoint` writes, and what it fills."""
-    model = {f"model/{name}": p.detach() for name, p in inner(trainer.model).named_parameters()}
+    """Everything that a snapshot holds, by name: what `torch.distributed.checkpoint` writes, and what it fills.
+
+    Frozen parameters are left out, as in `save`, except from shards: their fingerprint would have to be gathered first.
+    """
+    bare = inner(trainer.model)
+    learns = trainable_names(bare)
+    everything = is_sharded(trainer.model) or not learns
+    model = {f"model/{name}": p.detach() for name, p in bare.named_parameters() if everything or name in learns}
     return model | {f"optimizer/{name}": t for name, t in trainer.optimizers.state_tensors().items()}
 
 
