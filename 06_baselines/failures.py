@@ -349,7 +349,7 @@ def words() -> Specimen:
         "special_ids": ours.specials,
         "opening": BEGIN,
         "prompt_ids": lambda text: [ours.specials[BEGIN], *ours.encode(text)],
-        "conversation_ids": lambda messages: encode_chat(messages, TEMPLATE, ours),
+        "conversation_ids": lambda messages: encode_chat(messages, TEMPLATE, ours).ids,
         "reference_conversation_ids": render,
     }
 

@@ -39,7 +39,7 @@ class Conversation:
         if self.template is None:
             ids = self.engine.encode("".join(message["content"] for message in self.messages))
         else:
-            ids = encode_chat(self.messages, self.template, self.engine.tokenizer)
+            ids = encode_chat(self.messages, self.template, self.engine.tokenizer).ids
         if len(ids) >= self.engine.model.context_length:
             raise ValueError(
                 f"the conversation has {len(ids):,} tokens, the context of the model {self.engine.model.context_length:,}: "
