@@ -40,15 +40,10 @@ def replace_linears(
             `tied` is "refuse". The message names the module and the remedy.
     """
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    # Each place, not each module: a module that is registered under two names has to be replaced under both.
-    places = [
-        (f"{path}.{name}" if path else name, parent, name, child)
-        for path, parent in model.named_modules()
-        for name, child in parent._modules.items()
-    ]
+    modules = dict(model.named_modules(remove_duplicate=False))  # each place of a module that stands in several
     chosen = []
-    for name, parent, attribute, child in places:
-        if not isinstance(child, nn.Linear) or not where(name, child):
+    for name, child in modules.items():
+        if not name or not isinstance(child, nn.Linear) or not where(name, child):
             continue
         if type(child) is not nn.Linear:
             _refuse_more_than_linear(name, child)
@@ -61,14 +56,15 @@ def replace_linears(
                 )
             if tied == "keep":
                 continue
-        chosen.append((name, parent, attribute, child))
+        chosen.append((name, child))
     made: dict[int, nn.Module] = {}
-    for name, _, _, child in chosen:
+    for name, child in chosen:
         if id(child) not in made:
             made[id(child)] = make(name, child)
-    for _, parent, attribute, child in chosen:
-        setattr(parent, attribute, made[id(child)])
-    return [name for name, *_ in chosen]
+    for name, child in chosen:
+        path, _, attribute = name.rpartition(".")
+        setattr(modules[path], attribute, made[id(child)])
+    return [name for name, _ in chosen]
 
 
 def _refuse_more_than_linear(name: str, module: nn.Linear) -> None:

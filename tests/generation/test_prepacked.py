@@ -11,7 +11,9 @@ from common.generation.prepacked import PrepackedLinear, can_prepack, prepacked
 from common.generation.sampling import SamplingParams
 from common.model.config import ModelConfig
 from common.model.transformer import Transformer
+from common.training.checkpoint import model_fingerprint, save_checkpoint
 from tests.generation.letters import RAGGED, Letters, model_of
+from tests.model.adapters import Subclassed, adapted
 
 V = 37
 GPT2 = {"positions": "learned", "norm": "layer", "mlp": "gelu_tanh", "attention_bias": True, "mlp_bias": True}
@@ -155,3 +157,60 @@ def test_another_torch_stays_the_model(monkeypatch):
 def test_what_is_packed_already_stays():
     fast = prepacked(made("biases"))
     assert prepacked(fast) is fast
+
+
+@needs_operators
+@by_shape
+def test_the_fingerprint_sees_every_weight(shape):
+    """Two models over one embedding must not pass for each other because their matrices lie in another layout."""
+    model = made(shape)
+    first = model_fingerprint(prepacked(model))
+    assert first == model_fingerprint(prepacked(made(shape))), "a function of the weights"
+    for name, parameter in model.named_parameters():
+        saved = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.flatten()[-1] += 1
+        assert model_fingerprint(prepacked(model)) != first, name
+        with torch.no_grad():
+            parameter.copy_(saved)
+    assert model_fingerprint(prepacked(model)) == first
+
+
+@needs_operators
+def test_prepacking_keeps_no_weight_twice():
+    fast = prepacked(made("untied"))
+    one = next(m for m in fast.modules() if isinstance(m, PrepackedLinear))
+    assert sum(t.numel() for t in one.state_dict().values()) == 32
+    assert one.weight_digest is one.weight_digest
+
+
+@needs_operators
+@torch.no_grad()
+def test_adapters_survive_and_those_that_subclass_are_refused():
+    model, ids = adapted(made("plain"), "query", "down"), ids_of(2, 9)
+    plain = made("plain")(ids).logits
+    right = model(ids).logits
+    assert float((right - plain).abs().max()) > 0.1
+    torch.testing.assert_close(prepacked(model)(ids).logits, right, atol=1e-4, rtol=1e-5)
+    model = made("plain")
+    model.blocks[0].attention.query = Subclassed(model.blocks[0].attention.query)
+    with pytest.raises(ValueError, match="blocks.0.attention.query is a Subclassed"):
+        prepacked(model)
+
+
+@needs_operators
+@torch.no_grad()
+def test_latent_attention_decodes_from_its_cache():
+    """The absorbed form takes the matrix `up` itself."""
+    model, ids = made("latent"), ids_of(2, 9)
+    fast = prepacked(model)
+    cache = fast.new_cache(2)
+    steps = torch.cat([fast(part, cache=cache).logits for part in (ids[:, :4], ids[:, 4:])], dim=1)
+    torch.testing.assert_close(steps, model(ids).logits, atol=1e-4, rtol=1e-5)
+
+
+@needs_operators
+def test_a_prepacked_model_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="could not be loaded again.*before it is prepacked"):
+        save_checkpoint(tmp_path, prepacked(made("plain")), Letters())
+    assert not list(tmp_path.iterdir())
