@@ -1,11 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, 2024): cache one small vector per token instead of all keys and values.
 
-A token is squeezed to a latent of `latent_width` numbers, from which each head makes its key and its value. Positions
-cannot pass through that (a turned key depends on the position), so a second, small key is turned and shared by all heads.
+A token is compressed to a latent of `latent_width` numbers, from which each head makes its key and its value. The latent
+cannot carry rotary positions, because the key that a head makes from it would have to be turned at every step again. So
+there is a second, small key, which is turned and is shared by all heads.
 
-Two forms, equal to rounding. *Expanded* makes keys and values from the latents: cheap for a whole sequence. *Absorbed* moves
-that matrix to the other side of the product, q · (U c) = (U' q) · c, and attends to the latents themselves as if they were
-one key-value head: cheap for a few queries against a long cache.
+There are two forms, equal up to rounding. The *expanded* form makes keys and values from the latents, and is cheap for a
+whole sequence. The *absorbed* form moves that matrix to the other side of the product, q · (U c) = (U' q) · c, and attends
+to the latents themselves as if they were one key-value head. It is cheap for a few queries against a long cache.
 """
 
 import math
@@ -42,7 +43,7 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T C"], context: AttentionContext | None = None, *, absorbed: bool | None = None
     ) -> Float[Tensor, "B T C"]:
-        """`absorbed` None: absorbed when a cache already holds tokens."""
+        """`absorbed` chooses the form; None takes the absorbed one if the cache already holds tokens."""
         config, context = self.config, context or AttentionContext()
         batch, length, _ = x.shape
         q = self.query(self.query_norm(self.query_down(x)) if config.query_latent_width else x)

@@ -36,10 +36,12 @@ def describe_model(model: Any) -> dict[str, Any]:
             f"a {type(model).__name__} cannot be saved: it has no describe(). These kinds can: {', '.join(model_kinds())}"
         )
     described = model.describe()
+    # torch gives a sharded model a class of its own, with the model's class behind it; that one counts.
+    own = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch.distributed."))
     made = model_class(described["kind"])
-    if made is not type(model):
+    if made is not own:
         raise ValueError(
-            f"a {type(model).__name__} describes itself as {described['kind']!r} and would be loaded as a "
+            f"a {own.__name__} describes itself as {described['kind']!r} and would be loaded as a "
             f"{getattr(made, '__name__', 'class that is not registered')}: register the class (common/model/registry.py)"
         )
     return described
