@@ -106,6 +106,15 @@ def test_a_whole_checkpoint_loads_onto_a_model_too(tmp_path):
     assert torch.equal(load_checkpoint(tmp_path, Words(), onto=onto)(IDS).logits, base(3)(IDS).logits)
 
 
+def test_a_tied_tensor_is_saved_under_both_of_its_names(tmp_path):
+    """What is saved is no part of the base: neither as the embedding nor as the head that shares it."""
+    save_checkpoint(tmp_path, base(), Words(), only={"embedding.weight"})
+    onto = base()
+    with torch.no_grad():
+        onto.embedding.weight.zero_()
+    assert equal(weights_of(load_checkpoint(tmp_path, Words(), onto=onto)), weights_of(base()))
+
+
 def test_only_must_name_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="asks for head.bias"):
         save_checkpoint(tmp_path, base(), Words(), only={"head.bias", "embedding.weight"})
