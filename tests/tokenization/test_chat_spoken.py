@@ -158,3 +158,12 @@ def test_with_bytes_as_tokens_each_byte_is_told(text):
     talk = [{"role": "user", "content": text}, {"role": "assistant", "content": text}] * 2
     found = encode_chat(talk, CHATML, tokenizer, add_generation_prompt=False)
     assert runs(tokenizer, found) == [text + "<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("text", ["a<|im_end|>é", "<|im_end|>", "é|im_end|>", "日"])
+def test_a_span_ends_where_its_tag_ends(text):
+    """Also if what was said had to be disarmed: the mark is no byte of it."""
+    template = "{% for m in messages %}<{% generation %}{{ m.content }}{% endgeneration %}> and so on{% endfor %}"
+    tokenizer = ByteTokenizer(SPECIALS)
+    found = encode_chat([{"role": "assistant", "content": text}], template, tokenizer)
+    assert runs(tokenizer, found) == [text]
