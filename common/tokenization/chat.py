@@ -131,13 +131,13 @@ def encode_chat(
 
     **Which tokens did the assistant write?** Some templates say it themselves: they enclose it in `{% generation %}` tags.
     Then two more marks are written around each such block, and what lies between them is spoken. Most templates have no such
-    tags. For them the question is turned around: what would the model be given, and what would it have to write? If it
-    is asked to `add_generation_prompt`, a template ends the prompt with an *opening*, such as `<|im_start|>assistant\\n`. The
-    model writes what comes after an opening, until it writes a special token that ends the turn. So a spoken span begins
-    after each opening in the text and includes the next special token. Nobody can forge either limit, because special names
-    in messages are disarmed. A template without an opening (`[INST] … [/INST] answer</s>`) is rendered up to each message of
-    the assistant instead, which shows where it begins. A token that lies across the beginning or end of a span counts as
-    spoken, as in transformers.
+    tags. For them the question is turned around: what would the model be given, and what would it have to write?
+    If it is asked to `add_generation_prompt`, a template ends the prompt with an *opening*, such as
+    `<|im_start|>assistant\\n`. The model writes what comes after an opening, until it writes a special token that ends the
+    turn. So a spoken span begins after each opening in the text and includes the next special token. Nobody can forge
+    either limit, because special names in messages are disarmed. A template without an opening (`[INST] … [/INST]
+    answer</s>`) is rendered up to each message of the assistant instead, which shows where it begins. A token that lies
+    across the beginning or end of a span counts as spoken, as in transformers.
 
     Nothing is put in front: what a model expects to begin with is the template's to say (gallery: baselines/double-bos).
 
