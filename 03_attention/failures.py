@@ -197,13 +197,13 @@ def nan_row() -> Iterator[Specimen]:
 class HeadsByView(attention.Attention):
     """(B, T, H D) seen as (B, H, T, D) at once: right shape, and a head is a stretch of time."""
 
-    def forward(self, x: Tensor, scene: attention.Scene | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: attention.AttentionContext | None = None) -> Tensor:
         batch, length, _ = x.shape
         config = self.config
         q, k, v = self.query(x), self.key(x), self.value(x)
         q = q.view(batch, config.heads, length, config.d_head)
         k, v = (y.view(batch, config.groups, length, config.d_head) for y in (k, v))
-        return self.output(self.together(scene.attend(q, k, v, scale=None, dropout=0.0)))
+        return self.output(self.together(context.attend(q, k, v, scale=None, dropout=0.0)))
 
     def together(self, mixed: Tensor) -> Tensor:
         """The heads, (B, H, T, D), side by side again."""
@@ -220,17 +220,17 @@ class HeadsByViewTwice(HeadsByView):
 class RowsMixed(attention.Attention):
     """The heads are put back together as (T, B, C) and read as (B, T, C): tokens of one row go to another."""
 
-    def forward(self, x: Tensor, scene: attention.Scene | None = None) -> Tensor:
-        mixed = super().forward(x, scene)
+    def forward(self, x: Tensor, context: attention.AttentionContext | None = None) -> Tensor:
+        mixed = super().forward(x, context)
         return mixed.transpose(0, 1).reshape(mixed.shape)
 
 
 class TransposedWeights(attention.Attention):
     """y = x W where y = x W^T is meant. It runs because the matrix is square."""
 
-    def forward(self, x: Tensor, scene: attention.Scene | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: attention.AttentionContext | None = None) -> Tensor:
         with patch.object(self.query, "forward", lambda y: F.linear(y, self.query.weight.T)):
-            return super().forward(x, scene)
+            return super().forward(x, context)
 
 
 def with_attention(kind: type, make: Callable[[], Specimen] = healthy) -> Iterator[Specimen]:

@@ -161,9 +161,9 @@ def unbiased_variance() -> Iterator[Specimen]:
 def normed_residual() -> Iterator[Specimen]:
     """norm(x) + f(norm(x)): the stream itself is normed at each branch."""
 
-    def wrong(self: transformer.Block, x: Tensor, scene: Any, pad_mask: Any = None) -> tuple[Tensor, None]:
+    def wrong(self: transformer.Block, x: Tensor, context: Any, pad_mask: Any = None) -> tuple[Tensor, None]:
         x = self.attention_norm(x)
-        x = x + self.attention(x, scene)
+        x = x + self.attention(x, context)
         x = self.mlp_norm(x)
         return x + self.mlp(x), None
 

@@ -24,16 +24,26 @@ from torch import Tensor, nn
 from common.diagnostics.core import Failure, Specimen, replaced
 from common.diagnostics.handles import handles_of
 from common.generation.decode import Row, recompute
+from common.generation.prepacked import prepacked
 from common.generation.sampling import SamplingParams, probabilities
 from common.model import transformer
 from common.model.config import ModelConfig
+from common.model.surgery import replace_linears
 from common.model.transformer import Transformer
 from common.pretrained import configs, export, load, names
 from common.pretrained.configs import config_from_hf
 from common.pretrained.load import Pretrained, load_pretrained
 from common.tokenization import interop
 from common.tokenization.bpe import BPETokenizer
+from common.tokenization.byte import ByteTokenizer
 from common.tokenization.chat import encode_chat
+from common.training.checkpoint import (
+    load_checkpoint,
+    load_tensors,
+    model_fingerprint,
+    save_checkpoint,
+    trainable_names,
+)
 
 MONTH = "06_baselines"
 Loader = Callable[[Mapping[str, Tensor], dict[str, Any], str], nn.Module]  # (tensors, config, name of the folder)
@@ -349,9 +359,115 @@ def words() -> Specimen:
         "special_ids": ours.specials,
         "opening": BEGIN,
         "prompt_ids": lambda text: [ours.specials[BEGIN], *ours.encode(text)],
-        "conversation_ids": lambda messages: encode_chat(messages, TEMPLATE, ours),
+        "conversation_ids": lambda messages: encode_chat(messages, TEMPLATE, ours).ids,
         "reference_conversation_ids": render,
     }
+
+
+# --- what is done to a model before it is used ------------------------------------------------------------------------
+
+SMALL = ModelConfig(vocab_size=48, context_length=64, layers=2, width=32, heads=4, init="fan_in")
+
+
+class KeptAside(nn.Module):
+    """x W^T + b with W rearranged and kept as an attribute: no parameter and no buffer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.columns = linear.weight.detach().T.contiguous()
+        self.shift = 0.0 if linear.bias is None else linear.bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.columns + self.shift
+
+
+def rearranged(model: nn.Module) -> nn.Module:
+    """Every matrix in another layout, for speed; also where a module is more than its matrix."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, KeptAside(child))
+    return model.eval()
+
+
+def answers(model: nn.Module) -> Specimen:
+    """What can be asked of a model that is not trained any more."""
+    found = handles_of(model)
+    return {name: found[name] for name in ("model", "vocab_size", "padded", "open_cache")}
+
+
+def identified(rearrange: Callable[[nn.Module], nn.Module]) -> Specimen:
+    """A model that is rearranged, evaluated, and its results kept under the fingerprint."""
+    plain = Transformer(SMALL, seed=1).eval()
+
+    def fingerprint_with(tensors: Mapping[str, Tensor]) -> str:
+        model = Transformer(SMALL)
+        load_tensors(model, tensors, "the probe")
+        return model_fingerprint(rearrange(model.eval()))
+
+    return {
+        **answers(rearrange(Transformer(SMALL, seed=1).eval())),
+        "reference_model": plain,
+        "checkpoint": dict(plain.named_parameters()),
+        "fingerprint_with": fingerprint_with,
+    }
+
+
+def fingerprinted() -> Specimen:
+    return identified(prepacked)
+
+
+class LowRank(nn.Module):
+    """x W^T + x A^T B^T around a linear module (Hu et al. 2021), the smallest form that works."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base = linear
+        self.a = nn.Parameter(torch.empty(2, linear.in_features).normal_(generator=torch.Generator().manual_seed(1)))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+class LowRankLinear(nn.Linear):
+    """The same as a kind of linear module."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.a = nn.Parameter(torch.empty(2, linear.in_features).normal_(generator=torch.Generator().manual_seed(1)))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.a.T @ self.b.T
+
+
+def adapted(make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """A frozen model with adapters on its queries and values."""
+    model = Transformer(SMALL, seed=1).requires_grad_(False).eval()
+    replace_linears(model, lambda _, linear: make(linear), lambda name, _: name.endswith(("query", "value")))
+    return model
+
+
+def transformed(make: Callable[[nn.Linear], nn.Module], rearrange: Callable[[nn.Module], nn.Module]) -> Specimen:
+    """A model with adapters, and what is done to it between training and use."""
+
+    def saved_and_loaded(model: nn.Module) -> nn.Module:
+        with tempfile.TemporaryDirectory() as place:
+            save_checkpoint(place, model, ByteTokenizer(), only=trainable_names(model))
+            return load_checkpoint(place, ByteTokenizer(), onto=adapted(make))
+
+    return {
+        **answers(adapted(make)),
+        "reference_model": Transformer(SMALL, seed=1).eval(),  # as long as nothing is learned
+        "adapted": adapted(make),
+        "transformations": {"rearranged for speed": rearrange, "saved and loaded": saved_and_loaded},
+    }
+
+
+def with_adapters() -> Specimen:
+    return transformed(LowRank, prepacked)
 
 
 # --- the bugs ---------------------------------------------------------------------------------------------------------
@@ -578,6 +694,7 @@ WORKS = ("padding-invariance", "cached-equals-uncached", *ALIVE)
 FILE = ("loads-or-refuses", "every-tensor-counts")
 SAME = ("greedy-parity", "logit-parity", "layer-parity", "parameter-count")
 TEXT = ("round-trip", "reference-ids", "injection", "byte-lengths")
+RUNS = ("logit-parity", "padding-invariance", "cached-equals-uncached", "future-perturbation")
 Entry = partial(Failure, month=MONTH)
 
 FAILURES = [
@@ -889,5 +1006,33 @@ FAILURES = [
         healthy=words,
         probe="one-opening",
         blind_spots=("template-parity", *TEXT),
+    ),
+    Entry(
+        id="baselines/blind-fingerprint",
+        title="Two models under one fingerprint",
+        story="Matrices are rearranged for speed and kept where state_dict() does not look, so a hash of the state sees "
+        "embeddings and norms alone: a base model and what was fine-tuned from it have the same. In the threads results are "
+        "kept under names that do not depend on the weights, and the second model is given the answers of the first.",
+        source="EleutherAI/lm-evaluation-harness#4063, EleutherAI/lm-evaluation-harness#2715, huggingface/lighteval#1364; "
+        "the rearranged form is ours",
+        symptom="an evaluation that takes no time and finds exactly the numbers of another model",
+        fix="Register every tensor that is computed with, or a digest of it; change each weight and look at the hash.",
+        broken=lambda: identified(rearranged),
+        healthy=fingerprinted,
+        probe="fingerprint-sees-every-weight",
+        blind_spots=RUNS,
+    ),
+    Entry(
+        id="baselines/adapter-dropped",
+        title="An adapter that is a linear module is replaced like one",
+        story="The adapter subclasses nn.Linear, and whatever quantises or rearranges a model asks isinstance(module, "
+        "nn.Linear), takes the weight and forgets the rest. The model works: it is the base model again.",
+        source="pytorch/torchtitan#2288, Lightning-AI/litgpt#352, meta-pytorch/torchtune#1931; that it is dropped is ours",
+        symptom="a fine-tuned model that has learned nothing, in deployment only",
+        fix="Wrap the module instead of subclassing it; replace exact types only, and refuse a subclass with parameters.",
+        broken=lambda: transformed(LowRankLinear, rearranged),
+        healthy=with_adapters,
+        probe="adapter-survives-transformations",
+        blind_spots=RUNS,
     ),
 ]

@@ -3,7 +3,7 @@
     python bench/june.py
 
 Greedy, the same prompts, the same number of new tokens, the same number format, prefill included; measured in pairs, in
-turn. Ours is the engine with packed matrices (common/generation/packed.py), and once more without them.
+turn. Ours is the engine with packed matrices (common/generation/prepacked.py), and once more without them.
 `share of the bandwidth` is bytes of weights read for each step, over the bytes a second that this machine sums: at batch 1
 decoding can be no faster than reading the weights. Also: loading the file, and the first token of a conversation's next turn
 with and without what is remembered of the turns before.
@@ -19,7 +19,7 @@ from timing import in_turn
 
 from common.generation.conversation import Conversation, chat_engine
 from common.generation.engine import Engine
-from common.generation.packed import packed
+from common.generation.prepacked import prepacked
 from common.generation.sampling import SamplingParams
 from common.pretrained.load import load_pretrained
 from common.studies.platform import PASSAGE, reference_of
@@ -65,7 +65,7 @@ def ratio(first, second):
 
 def decoding(loaded, reference, dtype):
     model, found = loaded.model.to(dtype), {}
-    fast, plain = Engine(packed(model), loaded.tokenizer, ends=()), Engine(model, loaded.tokenizer, ends=())
+    fast, plain = Engine(prepacked(model), loaded.tokenizer, ends=()), Engine(model, loaded.tokenizer, ends=())
     reference = reference.to(dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     for batch in (1, 16):

@@ -102,6 +102,9 @@ HANDLES = {
     "makeable_ids": "set of the ids that the tokenizer can make",
     "conversation_ids": "callable: list of messages, each with role and content -> ids fed to the model",
     "reference_conversation_ids": "the same of the reference",
+    "fingerprint_with": "callable: named tensors, as in `checkpoint` -> fingerprint of the model with them, as it is used",
+    "adapted": "nn.Module from ids to logits, of which the adapter is trainable and nothing else",
+    "transformations": "dict: what is done -> callable: such a module -> module that must compute the same, or ValueError",
 }
 
 

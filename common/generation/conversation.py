@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.generation.engine import Engine
-from common.generation.packed import packed
+from common.generation.prepacked import prepacked
 from common.generation.sampling import SamplingParams
 from common.model.output import LanguageModel
 from common.model.transformer import Transformer
@@ -15,7 +15,7 @@ from common.tokenization.protocol import TURN_ENDS, Tokenizer
 def chat_engine(model: LanguageModel, tokenizer: Tokenizer) -> Engine:
     """An engine that ends a turn where chat models end theirs, and does not read a conversation twice."""
     ends = [tokenizer.specials[name] for name in TURN_ENDS if name in tokenizer.specials]
-    return Engine(packed(model) if isinstance(model, Transformer) else model, tokenizer, ends=ends, remember=True)
+    return Engine(prepacked(model) if isinstance(model, Transformer) else model, tokenizer, ends=ends, remember=True)
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Conversation:
         if self.template is None:
             ids = self.engine.encode("".join(message["content"] for message in self.messages))
         else:
-            ids = encode_chat(self.messages, self.template, self.engine.tokenizer)
+            ids = encode_chat(self.messages, self.template, self.engine.tokenizer).ids
         if len(ids) >= self.engine.model.context_length:
             raise ValueError(
                 f"the conversation has {len(ids):,} tokens, the context of the model {self.engine.model.context_length:,}: "

@@ -1,1 +1,1 @@
-"""Language models behind one interface: ids in, logits out."""
+"""Language models behind one interface: ids in, logits out. Saved models are found by name in registry.py."""

@@ -1,10 +1,10 @@
-"""What a transformer remembers between calls: keys and values (or latents) of the tokens so far, in one piece.
+"""What a transformer remembers between calls: keys and values (or latents) of the tokens so far, in contiguous tensors.
 
 Every layer holds two tensors of shape (B, N, capacity, W): keys and values for standard attention, with N key-value heads;
-latent and rotary key for latent attention, with N = 1. The cache also keeps which places are padding and which document they
-belong to, because a later query must obey the same rules as in one pass.
+latent and rotary key for latent attention, with N = 1. The cache also records which places are padding and to which document
+each belongs, because the masks of a later query must be those of a single pass.
 
-Contiguous and of fixed capacity: running over it is an error, not a wrong answer. Paged and recurrent forms come later.
+The capacity is fixed, and exceeding it is an error, not a wrong answer. Paged and recurrent forms come later.
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from common.model.config import ModelConfig
 
 
 def cache_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(N, W) of the two tensors of a layer: what one token costs, in numbers."""
+    """(N, W) of the two tensors of a layer. N · W numbers are stored in each of them for every token."""
     if config.attention == "latent":
         return (1, config.latent_width), (1, config.rope_head_width)
     return (config.groups, config.d_head), (config.groups, config.d_head)
 
 
 class Cache:
-    """Memory of one batch.
+    """Keys and values of one batch.
 
     Args:
         config: of the model.
         batch: B.
         capacity: places for tokens, padding included.
-        dtype: what is kept; a narrower one than the model's saves memory and loses digits.
+        dtype: of the stored numbers. One that is narrower than the model's saves memory and loses digits.
     Attributes:
         length: places in use.
     """
@@ -57,7 +57,7 @@ class Cache:
         self.has_pads = self.has_documents = False
 
     def begin(self, shape: tuple[int, int], document_ids: Tensor | None, pad_mask: Tensor | None) -> None:
-        """Announce T more tokens: check that they fit, and note their documents and padding. Commits nothing."""
+        """Announce T more tokens: check that they fit, and record their documents and padding. `length` stays as it is."""
         batch, count = shape
         if batch != self.batch:
             raise ValueError(f"the cache holds {self.batch} rows, the input has {batch}: fork it, or make another")
@@ -74,7 +74,7 @@ class Cache:
         self.has_pads |= pad_mask is not None and bool(pad_mask.any())
 
     def _last_document(self) -> Tensor | int:
-        """The document of the last real token of each row, (B, 1): what tokens without ids continue."""
+        """The document of the last real token of each row, (B, 1): new tokens without ids belong to it."""
         if not self.length:
             return 0
         place = torch.arange(self.length, device=self.pad_mask.device)
@@ -82,7 +82,7 @@ class Cache:
         return self.document_ids.gather(1, last)
 
     def seen(self, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """(document ids, pad mask) of everything including the announced tokens; None where there is nothing to obey."""
+        """(document ids, pad mask), each (B, S), with the announced tokens included; None where no mask is needed."""
         end = self.length + count
         return (
             self.document_ids[:, :end] if self.has_documents else None,
@@ -99,11 +99,11 @@ class Cache:
         return tuple(store[:, :, :end].to(first.dtype) for store in self.layers[layer])  # as wide as the queries again
 
     def advance(self, count: int) -> None:
-        """The announced tokens are in every layer: they count from now on. Called once a forward pass, not once a layer."""
+        """Count the announced tokens, after every layer has appended them. Called once per forward pass, not per layer."""
         self.length += count
 
     def truncate(self, length: int) -> None:
-        """Forget everything from this place on; 0 makes the cache as new."""
+        """Forget everything from this place on; 0 empties the cache."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
         self.length = length
@@ -111,9 +111,9 @@ class Cache:
         self.has_documents = self.has_documents and length > 0
 
     def fork(self, rows: Sequence[int] | None = None, *, capacity: int | None = None) -> Self:
-        """An independent copy of these rows (all by default; a row may be named often), perhaps with more room.
+        """An independent copy of these rows, all of them by default. A row may be named several times.
 
-        `fork([0] * 8)` turns one prefilled prompt into eight rows to sample from.
+        `fork([0] * 8)` turns one prefilled prompt into eight rows to sample from. `capacity` gives the copy more room.
         """
         index = torch.arange(self.batch) if rows is None else torch.as_tensor(rows, dtype=torch.int64)
         if len(index) == 0 or index.min() < 0 or index.max() >= self.batch:
@@ -150,7 +150,7 @@ class Cache:
 
     @classmethod
     def from_state(cls, config: ModelConfig, state: dict[str, Any], capacity: int | None = None) -> Self:
-        """A cache as `state` left it. Raises ValueError where shapes do not belong to this model."""
+        """The cache that `state` saved. Raises ValueError if the shapes do not belong to this model."""
         batch, length = state["pad_mask"].shape
         sample = state["layer0_first"]
         made = cls(config, batch, capacity or max(length, 1), dtype=sample.dtype, device=sample.device)

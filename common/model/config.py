@@ -10,14 +10,16 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a Transformer is made of. None means "derived", and the property of that meaning says from what.
+    """What a Transformer is made of. None means that the value is derived from other fields; a property returns it.
 
     Attributes:
-        context_length: tokens a model is meant for. Learned positions end there; the others go on, untested.
-        key_value_heads: None as many as heads (multi-head); 1 multi-query; in between grouped-query attention.
-        head_width: D; None is width / heads.
-        output_bias: None like `attention_bias`.
-        window: a token sees itself and the window - 1 before it; None sees everything before it.
+        context_length: number of tokens the model is meant for. Learned positions end there; the other kinds go on,
+        untested.
+        key_value_heads: None means as many as heads (multi-head); 1 is multi-query, anything in between grouped-query
+            attention.
+        head_width: D; None means width / heads.
+        output_bias: None means the same as `attention_bias`.
+        window: a token sees itself and the window - 1 tokens before it; None means everything before it.
         qk_norm: RMS norm over each head's query and key, before positions are applied.
         attention_scale: scores are multiplied by it; None is 1 / sqrt(D).
         rope_layout: which coordinates turn together: "half" (i, i + D/2) as in Hugging Face's Llama, "interleaved"
@@ -25,10 +27,10 @@ class ModelConfig:
         rope_scaling: how frequencies change beyond the context of training; see positions.py.
         norm_placement: "pre" x + f(norm(x)), "post" norm(x + f(x)), "sandwich" x + norm(f(norm(x))), "none" x + f(x).
         residual_scale: multiplies f(x) before it is added.
-        hidden_width: of the MLP; None is 4 C, or 8/3 C rounded up to a multiple of 8 for the gated one (equal cost).
-        experts: 0 is one MLP; otherwise as many, of which each token uses `experts_per_token`.
-        latent_width: what is cached per token in latent attention, beside `rope_head_width` shared rotary numbers.
-        query_latent_width: None computes queries directly.
+        hidden_width: of the MLP; None means 4 C, or 8/3 C rounded up to a multiple of 8 for the gated one (equal cost).
+        experts: 0 is a single MLP; otherwise the number of experts, of which each token uses `experts_per_token`.
+        latent_width: numbers cached per token in latent attention, beside `rope_head_width` shared rotary numbers.
+        query_latent_width: None means that queries are computed directly from the stream.
         tied: the output matrix is the embedding.
         logit_softcap: logits are bent into (-cap, cap) by cap * tanh(logits / cap).
         balance_loss, z_loss: weights of the penalties in `Output.aux["penalty"]`.

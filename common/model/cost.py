@@ -9,7 +9,7 @@ from common.model.config import ModelConfig
 
 
 def matmul_weights(config: ModelConfig) -> int:
-    """Weights that one token is multiplied with in a forward pass: of the experts, those that it uses."""
+    """The number of weights that one token is multiplied with in a forward pass; of the experts, only those it uses."""
     c, h, d = config.width, config.heads, config.d_head
     if config.attention == "latent":
         rank, turned, value = config.latent_width, config.rope_head_width, config.value_head_width
@@ -27,10 +27,10 @@ def matmul_weights(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
-    """Of a forward pass, for a token that is compared with `context` keys (for a sequence of T in one pass: T).
+    """FLOPs of a forward pass for one token that is compared with `context` keys (T keys for a sequence of T in one pass).
 
-    That is what the full T x T product costs; a kernel that skips the masked half does less. Training costs three times
-    as much: the backward pass has two products for each one of the forward pass.
+    This counts the full T x T product; a kernel that skips the masked half does less. Training costs three times as much,
+    because the backward pass has two products for each one of the forward pass.
     """
     if config.attention == "latent":
         per_key = config.heads * (config.d_head + config.rope_head_width + config.value_head_width)
@@ -40,5 +40,5 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 4) -> int:
-    """What the cache keeps for one token of one sequence."""
+    """Bytes that the cache keeps for one token of one sequence."""
     return config.layers * bytes_per_number * sum(n * w for n, w in cache_shapes(config))

@@ -1,4 +1,4 @@
-"""The geometry of embeddings: who is near whom, and by how much more than chance."""
+"""The geometry of embeddings: which tokens are near each other, and how much nearer than chance."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from common.tokenization.protocol import Tokenizer
 
 
 def directions(embeddings: Float[Tensor, "V C"]) -> Float[Tensor, "V C"]:
-    """Rows less their mean, at length one. What all rows have in common says nothing about any of them."""
+    """The rows minus their mean, scaled to length one. What all rows have in common says nothing about any of them."""
     embeddings = embeddings.detach().float()
     return F.normalize(embeddings - embeddings.mean(dim=0), dim=1)
 
 
 def nearest(unit: Float[Tensor, "V C"], token: int, count: int) -> list[tuple[int, float]]:
-    """The `count` tokens with the largest cosine to this one, itself left out, with that cosine."""
+    """The `count` other tokens with the largest cosine to this one, as (token, cosine)."""
     cosines = unit @ unit[token]
     cosines[token] = -torch.inf
     best = cosines.topk(count)
@@ -26,9 +26,9 @@ def nearest(unit: Float[Tensor, "V C"], token: int, count: int) -> list[tuple[in
 
 
 def spelling_pairs(tokenizer: Tokenizer, letters: int = 3) -> list[tuple[int, int]]:
-    """Pairs of tokens that are one word written in two ways: with a space before it or not, small or capital.
+    """Pairs of tokens that are one word written in two ways: with or without a space before it, or with a capital.
 
-    For the tokenizer they have nothing to do with each other; whatever brings them together was learned from use.
+    To the model they are unrelated ids; whatever brings their embeddings together was learned from how they are used.
     """
     number = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size) if i not in tokenizer.specials.values()}
     words = [word for word in number if len(word) >= letters and word.isalpha() and word.islower()]
@@ -44,13 +44,13 @@ def pair_cosines(unit: Float[Tensor, "V C"], pairs: Sequence[tuple[int, int]]) -
 
 
 def cohesion(unit: Float[Tensor, "V C"], group: Sequence[int]) -> Float[Tensor, "N"]:
-    """For each token of a group, its mean cosine to the others."""
+    """For each token of a group, its mean cosine to the other tokens of the group."""
     rows = unit[torch.tensor(group)]
     return (rows @ rows.sum(dim=0) - rows.square().sum(dim=1)) / (len(rows) - 1)
 
 
 def like_in_frequency(group: Sequence[int], counts: Int[np.ndarray, "V"]) -> list[int]:
-    """For each token of a group, another one outside it that is about as frequent: what frequency alone would do."""
+    """For each token of a group, a token outside it that is about as frequent: a control for the effect of frequency."""
     order = np.argsort(-counts, kind="stable")
     taken, found = set(group), []
     for token in group:

@@ -1,4 +1,4 @@
-"""The initialisation table: what every parameter is before training.
+"""The initialisation table: how every parameter is drawn before training.
 
 | init          | embedding | matrices              | last matrix of a branch        |
 |---------------|-----------|-----------------------|--------------------------------|
@@ -7,8 +7,9 @@
 | `zero_output` | 0.02      | 1 / sqrt(inputs)      | 0                              |
 
 All numbers are standard deviations of a normal distribution (0.02 is `init_std`); norms start at one, biases at zero. The
-last matrix of a branch writes to the residual stream: 2 · layers of them add up, so each is made smaller (GPT-2 section
-2.3). Each parameter draws from a generator of its own, seeded by its name: leaving one part out changes no other.
+last matrix of a branch writes to the residual stream. The outputs of 2 · layers branches add up there, so each is made
+smaller (GPT-2 section 2.3). Each parameter has its own generator, seeded with its name, so leaving out one part of a model
+does not change the initial values of any other.
 """
 
 import contextlib
@@ -28,14 +29,14 @@ BRANCH_ENDS = ("attention.output.weight", "mlp.down.weight", "mlp.down")
 def initialise(
     model: nn.Module, seed: int, *, init: str = "gpt2", branches: int = 1, embedding_std: float = 0.02
 ) -> None:
-    """Set every parameter by the table.
+    """Set every parameter as the table says.
 
     Args:
         init: the row of the table.
-        branches: how many write to the residual stream, 2 · layers.
-        embedding_std: of embeddings, and of everything in the row `gpt2`.
+        branches: the number of branches that write to the residual stream, 2 · layers.
+        embedding_std: standard deviation of embeddings, and of all matrices in the row `gpt2`.
     Raises:
-        ValueError: a parameter that no rule covers.
+        ValueError: no rule of the table covers a parameter.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -60,10 +61,10 @@ def initialise(
 
 @contextlib.contextmanager
 def without_storage() -> Iterator[None]:
-    """Modules made here have names and shapes and no numbers: to count them, or to be given others.
+    """Modules that are made inside this context have names and shapes and no storage (torch's "meta" device).
 
-    torch's own initialisation is left out. There is nothing to draw, and on this device it would import a compiler first,
-    which takes over a second.
+    It serves to count parameters, and to build a model whose weights are assigned later. torch's own initialisation is
+    skipped: there is nothing to draw, and on this device it would first import a compiler, which takes over a second.
     """
     with (
         torch.device("meta"),

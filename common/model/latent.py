@@ -1,11 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, 2024): cache one small vector per token instead of all keys and values.
 
-A token is squeezed to a latent of `latent_width` numbers, from which each head makes its key and its value. Positions
-cannot pass through that (a turned key depends on the position), so a second, small key is turned and shared by all heads.
+A token is compressed to a latent of `latent_width` numbers, from which each head makes its key and its value. The latent
+cannot carry rotary positions, because the key that a head makes from it would have to be turned at every step again. So
+there is a second, small key, which is turned and is shared by all heads.
 
-Two forms, equal to rounding. *Expanded* makes keys and values from the latents: cheap for a whole sequence. *Absorbed* moves
-that matrix to the other side of the product, q · (U c) = (U' q) · c, and attends to the latents themselves as if they were
-one key-value head: cheap for a few queries against a long cache.
+There are two forms, equal up to rounding. The *expanded* form makes keys and values from the latents, and is cheap for a
+whole sequence. The *absorbed* form moves that matrix to the other side of the product, q · (U c) = (U' q) · c, and attends
+to the latents themselves as if they were one key-value head. It is cheap for a few queries against a long cache.
 """
 
 import math
@@ -14,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from common.model.attention import Scene
+from common.model.attention import AttentionContext
 from common.model.config import ModelConfig
 from common.model.norms import Norm
 from common.model.positions import turn
+from common.model.surgery import weight_of
 
 
 class LatentAttention(nn.Module):
@@ -39,10 +41,10 @@ class LatentAttention(nn.Module):
         self.scale = config.attention_scale or 1 / math.sqrt(config.d_head + config.rope_head_width)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], scene: Scene | None = None, *, absorbed: bool | None = None
+        self, x: Float[Tensor, "B T C"], context: AttentionContext | None = None, *, absorbed: bool | None = None
     ) -> Float[Tensor, "B T C"]:
-        """`absorbed` None: absorbed when a cache already holds tokens."""
-        config, scene = self.config, scene or Scene()
+        """`absorbed` chooses the form; None takes the absorbed one if the cache already holds tokens."""
+        config, context = self.config, context or AttentionContext()
         batch, length, _ = x.shape
         q = self.query(self.query_norm(self.query_down(x)) if config.query_latent_width else x)
         q = q.view(batch, length, config.heads, config.d_head + config.rope_head_width).transpose(
@@ -51,17 +53,19 @@ class LatentAttention(nn.Module):
         q_plain, q_turned = q.split([config.d_head, config.rope_head_width], dim=-1)
         latent, k_turned = self.down(x).split([config.latent_width, config.rope_head_width], dim=-1)
         latent, k_turned = self.latent_norm(latent)[:, None], k_turned[:, None]  # (B, 1, T, R), (B, 1, T, P)
-        if scene.rotation is not None:
-            q_turned, k_turned = (turn(y, *scene.rotation, config.rope_layout) for y in (q_turned, k_turned))
+        if context.rotation is not None:
+            q_turned, k_turned = (turn(y, *context.rotation, config.rope_layout) for y in (q_turned, k_turned))
         if absorbed is None:
-            absorbed = scene.cache is not None and scene.cache.length > 0
-        if scene.cache is not None:
-            latent, k_turned = scene.cache.append(self.layer, latent, k_turned)
+            absorbed = context.cache is not None and context.cache.length > 0
+        if context.cache is not None:
+            latent, k_turned = context.cache.append(self.layer, latent, k_turned)
         form = self._absorbed if absorbed else self._expanded
-        mixed = form(q_plain, q_turned, latent, k_turned, scene)  # (B, H, T, E)
+        mixed = form(q_plain, q_turned, latent, k_turned, context)  # (B, H, T, E)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
-    def _expanded(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, scene: Scene) -> Tensor:
+    def _expanded(
+        self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, context: AttentionContext
+    ) -> Tensor:
         config = self.config
         made = (
             self.up(latent[:, 0]).unflatten(-1, (config.heads, config.d_head + config.value_head_width)).transpose(1, 2)
@@ -69,13 +73,15 @@ class LatentAttention(nn.Module):
         k_plain, v = made.split([config.d_head, config.value_head_width], dim=-1)
         q = torch.cat([q_plain, q_turned], dim=-1)
         k = torch.cat([k_plain, k_turned.expand(-1, config.heads, -1, -1)], dim=-1)
-        return scene.attend(q, k, v, scale=self.scale, dropout=config.dropout if self.training else 0.0)
+        return context.attend(q, k, v, scale=self.scale, dropout=config.dropout if self.training else 0.0)
 
-    def _absorbed(self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, scene: Scene) -> Tensor:
+    def _absorbed(
+        self, q_plain: Tensor, q_turned: Tensor, latent: Tensor, k_turned: Tensor, context: AttentionContext
+    ) -> Tensor:
         config = self.config
-        up = self.up.weight.view(config.heads, -1, config.latent_width)  # (H, D + E, R)
+        up = weight_of(self.up, latent).view(config.heads, -1, config.latent_width)  # (H, D + E, R)
         up_key, up_value = up.split([config.d_head, config.value_head_width], dim=1)
         q = torch.cat([q_plain @ up_key, q_turned], dim=-1)  # (B, H, T, R + P)
         k = torch.cat([latent, k_turned], dim=-1)  # (B, 1, S, R + P): one key-value head for all
-        mixed = scene.attend(q, k, latent, scale=self.scale, dropout=config.dropout if self.training else 0.0)
+        mixed = context.attend(q, k, latent, scale=self.scale, dropout=config.dropout if self.training else 0.0)
         return mixed @ up_value.transpose(1, 2)  # (B, H, T, R) -> (B, H, T, E)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def causal_mask(queries: int, keys: int | None = None, *, device: torch.device | None = None) -> Bool[Tensor, "T S"]:
-    """Query i, which stands at place S - T + i, sees the keys up to its own place.
+    """Query i stands at place S - T + i and sees the keys up to and including its own place. Raises ValueError if S < T.
 
     >>> causal_mask(2, 4).int().tolist()
     [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -24,9 +24,9 @@ def causal_mask(queries: int, keys: int | None = None, *, device: torch.device |
 def document_starts(
     document_ids: Int[Tensor, "B S"], pad_mask: Bool[Tensor, "B S"] | None = None
 ) -> Bool[Tensor, "B S"]:
-    """True at the first real token of each document: its id is not that of the real token before it.
+    """True at the first real token of each document: where the id differs from that of the real token before it.
 
-    What ids padding carries does not matter. An id that comes back after another one is a new document.
+    The ids at padding do not matter. An id that comes back after another one begins a new document.
 
     >>> document_starts(torch.tensor([[1, 1, 9, 1, 2]]), torch.tensor([[0, 0, 1, 0, 0]]).bool()).int().tolist()
     [[1, 0, 0, 0, 1]]
@@ -49,14 +49,15 @@ def attention_mask(
     prefix: Int[Tensor, "B"] | None = None,
     queries: int | None = None,
 ) -> Bool[Tensor, "B T S"]:
-    """Every rule at once: not later, same document, no padding, at most `window` tokens back.
+    """Every rule at once: a query sees no later key, no other document, no padding, and nothing beyond `window` tokens back.
 
     Args:
-        document_ids: restarting positions alone does not keep documents apart; this does.
+        document_ids: keep documents in one row apart. Restarting the positions alone would not.
         pad_mask: True at padding. Nothing sees it; a query that is padding sees nothing.
-        positions: needed for `window` only, which counts tokens, not places with padding between them.
-        prefix: so many places at the beginning of each row see each other, in both directions: all of them makes an encoder.
-        queries: T, the last of the S; all of them by default.
+        positions: needed for `window` only, which counts tokens and not places, so that padding in between does not count.
+        prefix: length of the bidirectional prefix of each row (prefix-LM). S makes the whole row bidirectional, as in an
+            encoder.
+        queries: T; the queries are the last T of the S tokens. All of them by default.
 
     >>> attention_mask(torch.tensor([[1, 1, 2]])).int().tolist()
     [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
@@ -71,7 +72,7 @@ def attention_mask(
     mask = causal_mask(queries, keys, device=given[0].device)[None]
     if prefix is not None:
         mask = mask | (torch.arange(keys, device=mask.device) < prefix[:, None])[:, None, :]
-    late = slice(keys - queries, None)  # not -queries: that would be everything for none
+    late = slice(keys - queries, None)  # not slice(-queries, None): for no queries that would be every place
     if document_ids is not None:
         number = document_starts(document_ids, pad_mask).cumsum(1)
         mask = mask & (number[:, late, None] == number[:, None, :])
@@ -79,7 +80,7 @@ def attention_mask(
         mask = mask & ~pad_mask[:, None, :] & ~pad_mask[:, late, None]
     if window is not None:
         if positions is None:
-            raise ValueError("a window counts positions: give them")
+            raise ValueError("a window counts positions: give positions=")
         mask = mask & (positions[:, late, None] - positions[:, None, :] < window)
     return mask
 
@@ -87,7 +88,7 @@ def attention_mask(
 def positions_of(
     document_ids: Int[Tensor, "B S"] | None, pad_mask: Bool[Tensor, "B S"] | None = None
 ) -> Int[Tensor, "B S"]:
-    """Positions that count from 0 in each document and skip padding, on whichever side it is.
+    """Positions that count from 0 in each document and skip padding, on whichever side of the row the padding is.
 
     >>> positions_of(torch.tensor([[1, 1, 2, 2]])).tolist()
     [[0, 1, 0, 1]]

@@ -1,4 +1,4 @@
-"""What a block does to each token on its own: an MLP, gated or not, or several of which each token uses a few."""
+"""What a block does to each token on its own: one MLP, gated or not, or several experts of which each token uses a few."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from common.model.config import ModelConfig
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GPT-2's approximation; up to 5e-4 from the exact one (gallery: blocks/gelu-variant)."""
+    """GPT-2's approximation, which differs from the exact function by up to 5e-4 (gallery: blocks/gelu-variant)."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -48,12 +48,12 @@ class MLP(nn.Module):
 
 
 class Routing(NamedTuple):
-    """How a layer's tokens were shared out.
+    """How the tokens of a layer were distributed over its experts.
 
     Attributes:
-        load: (experts,) share of all assignments that each expert got; sums to 1.
-        balance: experts * sum(load * mean router probability): 1 when both are even, up to `experts` when one takes all
-            (Fedus et al. 2021, equations 4 to 6). Only the probabilities carry a gradient.
+        load: (experts,) the share of all assignments that each expert got. It sums to 1.
+        balance: experts * sum(load * mean router probability). It is 1 if both are uniform, and up to `experts` if one
+            expert takes everything (Fedus et al. 2021, equations 4 to 6). Only the probabilities carry a gradient.
     """
 
     load: Float[Tensor, "experts"]
@@ -63,8 +63,8 @@ class Routing(NamedTuple):
 class MixtureOfExperts(nn.Module):
     """Each token goes to its `experts_per_token` most probable experts; their outputs are averaged by probability.
 
-    The probabilities of the chosen are scaled to sum to one (as in Mixtral). No token is ever dropped: an expert takes what
-    it gets, one matrix product for each.
+    The probabilities of the chosen experts are scaled to sum to one (as in Mixtral). Experts have no capacity limit, so no
+    token is ever dropped; each expert processes its tokens in one matrix product per weight.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -94,7 +94,7 @@ class MixtureOfExperts(nn.Module):
         return out.view_as(x), self._routing(probabilities, expert, pad_mask)
 
     def _routing(self, probabilities: Tensor, expert: Tensor, pad_mask: Tensor | None) -> Routing:
-        """Over the real tokens."""
+        """The statistics of this layer over the real tokens. `probabilities` is (N, experts), `expert` (N, chosen)."""
         if pad_mask is not None:
             real = ~pad_mask.flatten()
             probabilities, expert = probabilities[real], expert[real]

@@ -9,13 +9,13 @@ weights of Witten and Bell (1991):
 where h' is h without its oldest token, count(h) how often h was followed by anything, types(h) by how many different
 tokens, and P_0 = 1 / V. A context with many different continuations has shown that it may show a new one.
 
-Two implementations: `NaiveNGram` is the formula; `NGram` is the same numbers as one tensor operation a level, behind
-the interface that the transformer will have. Left out on purpose: Kneser-Ney counts, which gain a few per cent more.
+There are two implementations. `NaiveNGram` is the formula; `NGram` computes the same numbers with one tensor operation per
+level, behind the interface that the transformer has. Left out on purpose: Kneser-Ney counts, which gain a few per cent more.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from common.data.documents import Document, tokenize_documents
 from common.model.output import Output
+from common.model.registry import registered
 from common.tokenization.protocol import Tokenizer
 
 PARTS = ("keys", "offsets", "tokens", "counts")  # the arrays of a level
 
 
 class NaiveNGram:
-    """The formula, word for word. Slow: for reading and for checking `NGram`."""
+    """The formula, word for word. It is slow, and serves for reading and for checking `NGram`."""
 
     def __init__(self, sequences: Iterable[Sequence[int]], order: int, vocab_size: int) -> None:
         self.order, self.vocab_size = order, vocab_size
@@ -53,6 +54,7 @@ class NaiveNGram:
         return probability
 
 
+@registered("ngram")
 class NGram(nn.Module):
     """The same model as sorted arrays: a trie of contexts, one level for each context length.
 
@@ -114,21 +116,36 @@ class NGram(nn.Module):
 
     @classmethod
     def fit_documents(cls, documents: Sequence[Document], tokenizer: Tokenizer, order: int) -> Self:
-        """`fit` on texts: each document opened and closed by the end-of-text token."""
+        """`fit` on texts. Each document is opened and closed with the end-of-text token."""
         return cls.fit(tokenize_documents(documents, tokenizer), order, tokenizer.vocab_size)
 
     def truncated(self, order: int) -> Self:
-        """The model of a lower order that the same counts contain: no second pass over the text."""
+        """The model of a lower order, which the same counts contain: no second pass over the text is needed."""
         if not 1 <= order <= self.order:
             raise ValueError(f"a model of order {self.order} contains the orders 1 to {self.order}, not {order}")
         return type(self)(self.vocab_size, self.levels()[:order])
+
+    def describe(self) -> dict[str, Any]:
+        """See registry.Describable. How many contexts there are is not described: `resize` takes it from the tensors."""
+        return {"kind": "ngram", "order": self.order, "vocab_size": self.vocab_size}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> Self:
+        levels = [{name: torch.zeros(0, dtype=torch.int64) for name in PARTS} for _ in range(described["order"])]
+        return cls(described["vocab_size"], levels)
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Make room for tensors of these shapes, by name: what was counted decides the size, unlike in a network."""
+        for name, buffer in list(self.named_buffers()):
+            if name in shapes:
+                self.register_buffer(name, buffer.new_empty(tuple(shapes[name])))
 
     def level(self, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keys, offsets, tokens, counts) of the contexts of k tokens."""
         return tuple(getattr(self, f"level{k}_{name}") for name in PARTS)
 
     def levels(self) -> list[dict[str, Tensor]]:
-        """All levels, in the form in which the constructor takes them."""
+        """All levels, in the form that the constructor takes."""
         return [dict(zip(PARTS, self.level(k), strict=True)) for k in range(self.order)]
 
     def forward(
@@ -157,7 +174,7 @@ class NGram(nn.Module):
 
     @staticmethod
     def _visible(ids: Tensor, document_ids: Tensor | None, pad_mask: Tensor | None) -> Int[Tensor, "B T"]:
-        """How many tokens up to and including each position belong to its document, back to a change or a pad."""
+        """(B, T): how many tokens, counted back from each position and including it, are of its document and no padding."""
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)  # (B, T)
         fresh = position == 0
         if document_ids is not None:
@@ -169,7 +186,7 @@ class NGram(nn.Module):
         return visible if pad_mask is None else torch.where(pad_mask, 0, visible)
 
     def _deepest_context(self, ids: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """(level, context id) of the longest context known from training that ends at each position, both (B, T)."""
+        """(level, context id), both (B, T), of the longest context known from training that ends at each position."""
         level, context = torch.zeros_like(ids), torch.zeros_like(ids)
         alive = torch.ones_like(ids, dtype=torch.bool)
         for k in range(1, self.order):
@@ -199,9 +216,9 @@ class NGram(nn.Module):
         return (seen + types * shorter) / (total + types)
 
     def num_parameters(self) -> int:
-        """Stored counts, the nearest thing to parameters that an n-gram has."""
+        """The number of stored counts, which are the nearest thing to parameters that an n-gram model has."""
         return sum(len(self.level(k)[3]) for k in range(self.order))
 
     def flops_per_token(self, context: int = 0) -> int:
-        """Arithmetic for one position if no context is shared: about four operations a token of V and level."""
+        """Operations for one position if no context is shared: about four for each of the V tokens and each level."""
         return 4 * self.order * self.vocab_size

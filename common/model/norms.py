@@ -1,7 +1,7 @@
 """Normalisation: the formula to read, and the fused form that runs.
 
 LayerNorm (Ba et al. 2016) subtracts the mean and divides by the standard deviation; RMSNorm (Zhang and Sennrich 2019)
-only divides by the root mean square. Statistics are in fp32 whatever the format of the input.
+only divides by the root mean square. Statistics are computed in fp32 whatever the format of the input.
 """
 
 import torch
@@ -22,7 +22,7 @@ def layer_norm(
 
 
 def rms_norm(x: Float[Tensor, "... C"], weight: Tensor, epsilon: float) -> Float[Tensor, "... C"]:
-    """The formula."""
+    """The formula: x / sqrt(mean(x^2) + epsilon) * weight."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + epsilon) * weight).to(x.dtype)
 
@@ -35,9 +35,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class Norm(nn.Module):
-    """Either norm, over the last dimension, by torch's fused kernel: equal to the formula, several times faster.
+    """Either norm over the last dimension, with torch's fused kernel: equal to the formula and several times faster.
 
-    LayerNorm has a bias, RMSNorm has none, as everywhere.
+    LayerNorm has a bias and RMSNorm has none, as in every published model of the year.
     """
 
     def __init__(self, kind: str, width: int, epsilon: float) -> None:

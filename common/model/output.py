@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Output(NamedTuple):
-    """What a forward pass returns: logits, and what the caller asked for besides."""
+    """What a forward pass returns: the logits, and whatever else the caller asked for."""
 
     logits: Float[Tensor, "B T V"]
     hidden: Any = None

@@ -18,14 +18,17 @@ from common.model.config import ModelConfig
 
 
 def sinusoidal_table(positions: Int[Tensor, "..."], width: int) -> Float[Tensor, "... C"]:
-    """sin and cos of position / 10000^(2i / C), one after the other. In double precision inside: positions can be large."""
+    """sin and cos of position / 10000^(2i / C), in turns. Computed in double precision, because positions can be large."""
     rates = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width)
     angles = positions[..., None].double() * rates
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)[..., :width].float()
 
 
 def alibi_slopes(heads: int) -> Float[Tensor, "H"]:
-    """The authors' slopes: a geometric series from 2^(-8/H); for other H than powers of two, every other one of 2H fills up.
+    """The authors' slopes: a geometric series that begins with 2^(-8/H).
+
+    If H is no power of two, the series of the next lower power comes first, and every other slope of twice that many heads
+    fills up the rest.
 
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -39,15 +42,15 @@ def alibi_slopes(heads: int) -> Float[Tensor, "H"]:
 
 
 def alibi_bias(slopes: Tensor, queries: Int[Tensor, "B T"], keys: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"]:
-    """-slope * distance, to be added to the scores."""
+    """-slope * distance, to be added to the scores. `slopes` has the shape (H,)."""
     distance = (queries[:, :, None] - keys[:, None, :]).to(slopes.dtype)  # (B, T, S)
     return -slopes[None, :, None, None] * distance[:, None]
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Float[Tensor, "R"], float]:
-    """(radians per position of each of the D / 2 pairs, factor on cos and sin).
+    """Returns (radians per position of each of the R = D / 2 pairs, a factor for cos and sin).
 
-    Scalings, for contexts beyond that of training, each `rope_factor` times:
+    Scalings extend the context beyond that of training, each of them `rope_factor` times:
         linear: all frequencies divided (Chen et al. 2023).
         ntk: the base raised so that only the slowest frequency is divided by the factor (the fixed "NTK-aware" form).
         yarn: fast frequencies kept, slow ones divided, a ramp between; and a warmer softmax (Peng et al. 2023).
@@ -88,7 +91,7 @@ def rope_angles(positions: Int[Tensor, "..."], frequencies: Tensor, factor: floa
 
 
 def rotate(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor, layout: str) -> Float[Tensor, "B H T D"]:
-    """Turn each pair of coordinates by its angle: the formula. cos and sin broadcast against (B, H, T, D / 2)."""
+    """The formula: rotate each pair of coordinates by its angle. cos and sin broadcast against (B, H, T, D / 2)."""
     if layout == "half":  # pairs (i, i + D/2)
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -97,14 +100,14 @@ def rotate(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor, layout: str) -
 
 
 def wide(cos: Float[Tensor, "... R"], sin: Float[Tensor, "... R"], layout: str) -> tuple[Tensor, Tensor]:
-    """For `turn`: an angle for each coordinate instead of each pair, the sine with the sign that its place needs."""
+    """Tables for `turn`: one value per coordinate instead of per pair, with the sign that the sine needs at each place."""
     if layout == "half":
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     return torch.stack([cos, cos], dim=-1).flatten(-2), torch.stack([-sin, sin], dim=-1).flatten(-2)
 
 
 def turn(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor, layout: str) -> Float[Tensor, "B H T D"]:
-    """`rotate` with the tables of `wide`: x * cos + partner * sin, twice as fast with its gradient."""
+    """`rotate` with the tables of `wide`: x * cos + partner * sin. Twice as fast, gradient included."""
     exact = x.to(torch.promote_types(x.dtype, cos.dtype))
     partner = (
         exact.roll(x.shape[-1] // 2, -1) if layout == "half" else exact.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -113,5 +116,5 @@ def turn(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor, layout: str) -> 
 
 
 def to_half_layout(x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-    """Reorder coordinates from interleaved to half: rows of a weight matrix, when its file has the other layout."""
+    """Reorder coordinates from the interleaved to the half layout; for the rows of a weight matrix from another project."""
     return torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)

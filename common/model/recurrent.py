@@ -1,12 +1,13 @@
 """Before attention: a plain recurrent cell and the LSTM, from their equations, behind the same interface.
 
-A recurrent model reads one token at a time into a state of fixed size; whatever it is to recall must survive every step
-in between. The LSTM (Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000) gives the state a path of
-additions, which keeps gradients alive longer. The projections of all inputs are one product; only h W runs step by step.
-Tests hold both equal to torch's modules.
+A recurrent model reads one token at a time into a state of fixed size; whatever it is to recall must survive every step in
+between. The LSTM (Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000) gives the state a path of
+additions, which keeps gradients alive longer. The projections of all inputs are computed in one product; only the product
+with the state runs step by step. Tests check that both equal torch's modules.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from common.model.initialise import initialise
 from common.model.masks import document_starts
 from common.model.output import Output
+from common.model.registry import registered
 
 
 def rnn_step(projected: Tensor, state: Tensor, recurrent: nn.Linear) -> Tensor:
@@ -44,7 +46,7 @@ class RecurrentLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T C"], fresh: Bool[Tensor, "B T"], skip: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T C"]:
-        """`fresh`: the state is zero before this token. `skip`: this token leaves the state as it is."""
+        """`fresh`: True where the state is zero before this token. `skip`: True where a token leaves the state as it is."""
         projected, made = self.input(x).unbind(1), []
         state = x.new_zeros(self.states, len(x), x.shape[-1])
         resets, skips = bool(fresh[:, 1:].any()), bool(skip.any())
@@ -58,6 +60,7 @@ class RecurrentLayer(nn.Module):
         return torch.stack(made, dim=1) if made else x
 
 
+@registered("recurrent")
 class Recurrent(nn.Module):
     """A recurrent language model. See LanguageModel.
 
@@ -65,8 +68,8 @@ class Recurrent(nn.Module):
         kind: "rnn" or "lstm".
         width: C, of the embeddings and of the state of each layer.
         seed: of the initial weights.
-        forget_bias: of the LSTM's forget gate at the start. At 0, half of the state is forgotten with each token; at 1,
-            a quarter (Jozefowicz et al. 2015).
+        forget_bias: initial bias of the LSTM's forget gate. With 0, half of the state is forgotten at each token; with 1, a
+            quarter (Jozefowicz et al. 2015).
     """
 
     bounded = False
@@ -85,7 +88,7 @@ class Recurrent(nn.Module):
         if kind not in STEPS:
             raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(STEPS)}")
         self.kind, self.vocab_size, self.width, self.seed = kind, vocab_size, width, seed
-        self.context_length = 1_000_000  # no end of its own: the state carries what it can
+        self.context_length = 1_000_000  # the architecture has no limit: the state carries what it can
         self.embedding = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(RecurrentLayer(kind, width) for _ in range(layers))
         self.head = nn.Linear(width, vocab_size)
@@ -111,10 +114,19 @@ class Recurrent(nn.Module):
             x = layer(x, fresh, skip)
         return Output(self.head(x))
 
+    def describe(self) -> dict[str, Any]:
+        """See registry.Describable. The seed and the initial forget bias are not described: they are in the weights."""
+        shape = {"cell": self.kind, "width": self.width, "layers": len(self.layers)}
+        return {"kind": "recurrent", "vocab_size": self.vocab_size, **shape}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> Self:
+        return cls(described["cell"], described["vocab_size"], described["width"], described["layers"])
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, context: int = 0) -> int:
-        """The same for any context: that is the point of a state."""
+        """FLOPs of a forward pass for one token. They do not depend on the context: that is the point of a state."""
         projections = STEPS[self.kind][1]
         return 2 * (len(self.layers) * 2 * projections * self.width**2 + self.width * self.vocab_size)

@@ -3,11 +3,13 @@
     ids -> embedding (+ positions) -> layers x [attention, MLP] -> norm -> logits
 
 Each block adds to a stream of width C that runs through the model untouched: the residual path. Read `Transformer.forward`
-first; everything else of the folder is called from there. Left out on purpose: gradient checkpointing and parallelism (May).
+first; everything else in this folder is called from there. Left out on purpose: gradient checkpointing and tensor
+parallelism (data parallelism is in training/distributed.py).
 """
 
-from collections.abc import Collection
-from typing import Any
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from common.model import cost
-from common.model.attention import Attention, Scene
+from common.model.attention import Attention, AttentionContext
 from common.model.cache import Cache
 from common.model.config import ModelConfig
 from common.model.initialise import initialise
@@ -25,12 +27,13 @@ from common.model.mlp import MLP, MixtureOfExperts, Routing
 from common.model.norms import Norm
 from common.model.output import Output
 from common.model.positions import alibi_bias, alibi_slopes, rope_angles, rope_frequencies, sinusoidal_table, wide
+from common.model.registry import registered
 
 WANTS = ("hidden", "attention")
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each on a branch of the residual stream; where the norm sits is `norm_placement`."""
+    """Attention, then an MLP, each on a branch of the residual stream. `norm_placement` says where the norms sit."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class Block(nn.Module):
         return getattr(self, f"{branch}_norm")(x) if self.config.norm_placement in ("pre", "sandwich") else x
 
     def _add(self, branch: str, x: Tensor, made: Tensor) -> Tensor:
-        """Back into the stream."""
+        """Add what a branch made to the stream, with the norms, dropout and scale that the config asks for."""
         config = self.config
         if config.norm_placement == "sandwich":
             made = getattr(self, f"{branch}_norm_after")(made)
@@ -61,9 +64,9 @@ class Block(nn.Module):
         return getattr(self, f"{branch}_norm")(out) if config.norm_placement == "post" else out
 
     def forward(
-        self, x: Float[Tensor, "B T C"], scene: Scene, pad_mask: Bool[Tensor, "B T"] | None = None
+        self, x: Float[Tensor, "B T C"], context: AttentionContext, pad_mask: Bool[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T C"], Routing | None]:
-        x = self._add("attention", x, self.attention(self._before("attention", x), scene))
+        x = self._add("attention", x, self.attention(self._before("attention", x), context))
         if self.mlp is None:
             return x, None
         y, routing = self._before("mlp", x), None
@@ -74,12 +77,13 @@ class Block(nn.Module):
         return self._add("mlp", x, y), routing
 
 
+@registered("transformer")
 class Transformer(nn.Module):
     """A decoder-only language model. See LanguageModel for the interface that all models of the year share.
 
     Args:
         config: the architecture.
-        seed: of the initial weights, which depend on nothing else.
+        seed: of the initial weights. They depend on the config and the seed and on nothing else.
     """
 
     bounded = False
@@ -98,7 +102,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.weight
-        self._rotation: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0, 1, 2 …, made when needed
+        self._rotation: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0, 1, 2 …, computed when needed
         initialise(self, seed, init=config.init, branches=2 * config.layers, embedding_std=config.init_std)
 
     def forward(
@@ -118,21 +122,25 @@ class Transformer(nn.Module):
 
         Args:
             ids, embeds: one of the two; `embeds` come in place of the token embeddings.
-            cache: the T tokens continue those in the cache, and join them.
-            positions: by default they count real tokens, from 0 in each document, after those in the cache. Own ones are for
-                learned, sinusoidal and rotary positions without a window; masks go by place in any case.
-            document_ids: a token sees only its own document.
-            pad_mask: True at padding, on either side: nothing sees it, and what is computed there means nothing.
-            prefix: so many places at the beginning of each row see each other in both directions; all of them make an
-                encoder. Not with a cache.
-            want: "hidden" puts the stream into `Output.hidden`: embeddings, then the output of each block, the last
-                one normed. "attention" puts the weights into `aux`, one (B, H, T, S) for each layer, before dropout.
-            head: False leaves the logits out, and `hidden` holds the normed stream alone: for a loss that applies the head
-                itself, piece by piece (training/loss.py).
+            cache: holds the tokens before these T, which are appended to it.
+            positions: by default real tokens are counted from 0 in each document, going on from those in the cache.
+            Positions
+                of your own are possible with learned, sinusoidal and rotary positions without a window. They never change
+                the masks, which compare places in the row.
+            document_ids: a token sees only tokens with the same id.
+            pad_mask: True at padding, on either side of the row. No token sees it, and the outputs there mean nothing.
+            prefix: length of the bidirectional prefix of each row (prefix-LM). T makes the whole row bidirectional, as in an
+                encoder. Not possible with a cache.
+            want: "hidden" puts the stream into `Output.hidden`: the embeddings, then the output of each block, the last of
+                them after the final norm. "attention" puts the weights into `aux`, (B, H, T, S) for each layer, before
+                dropout.
+            head: False computes no logits, and `Output.hidden` has the normed stream as its only entry. This is for a loss
+                that applies the head itself, piece by piece (training/loss.py).
         Returns:
-            `aux` has "penalty" (what training adds to the loss), and with experts "load" (layers, experts) and "balance".
+            Output. Its `aux` has "penalty", which training adds to the loss, and with experts "load", (layers, experts), and
+            "balance".
         Raises:
-            ValueError: ids out of range, positions beyond a learned table, shapes that disagree, a full cache.
+            ValueError: ids are out of range, positions are beyond a learned table, shapes disagree, or the cache is full.
         """
         x = self._embed(ids, embeds)  # (B, T, C)
         batch, length, _ = x.shape
@@ -155,15 +163,18 @@ class Transformer(nn.Module):
             cache.begin((batch, length), document_ids, pad_mask)
         if prefix is not None and document_ids is None:
             document_ids = torch.zeros((batch, length), dtype=torch.int64, device=x.device)
-        scene, places = self._scene(x, cache, positions, document_ids, pad_mask, "attention" in want, prefix)
+        context, places = self._attention_context(
+            x, cache, positions, document_ids, pad_mask, "attention" in want, prefix
+        )
         x = self._add_positions(x, places)
         if pad_mask is not None:
-            x = x.masked_fill(pad_mask[..., None], 0.0)  # whatever stood there: 0 * NaN is NaN
+            # Whatever stood there, a NaN included: a weight of 0 would not keep it out, because 0 * NaN is NaN.
+            x = x.masked_fill(pad_mask[..., None], 0.0)
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
         hidden, routings = [x], []
         for block in self.blocks:
-            x, routing = block(x, scene, pad_mask)
+            x, routing = block(x, context, pad_mask)
             hidden.append(x)
             routings.append(routing)
         if self.final_norm is not None:
@@ -172,14 +183,14 @@ class Transformer(nn.Module):
             cache.advance(length)
         logits = self.logits_of(x) if head else None
         aux = self._aux(logits, routings, pad_mask)
-        if scene.weights is not None:
-            aux["attention"] = scene.weights
+        if context.weights is not None:
+            aux["attention"] = context.weights
         if not head and "hidden" not in want:
             hidden = [x]
         return Output(logits, hidden if "hidden" in want or not head else None, aux)
 
     def logits_of(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... V"]:
-        """The head on the normed stream."""
+        """The logits from the normed stream: the head, and the soft cap where the config has one."""
         cap, logits = self.config.logit_softcap, self.head(x)
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -197,7 +208,7 @@ class Transformer(nn.Module):
             embeds = self.embedding(ids)
         return embeds if self.config.embedding_scale == 1.0 else embeds * self.config.embedding_scale
 
-    def _scene(
+    def _attention_context(
         self,
         x: Tensor,
         cache: Cache | None,
@@ -206,8 +217,11 @@ class Transformer(nn.Module):
         pad_mask: Tensor | None,
         keep_weights: bool,
         prefix: Tensor | None = None,
-    ) -> tuple[Scene, Tensor]:
-        """(what the layers share, positions of the T tokens). One rule for all cases: build it for all S, use the last T."""
+    ) -> tuple[AttentionContext, Tensor]:
+        """Returns (what the attention layers share, the positions of the T tokens).
+
+        One rule covers every case: positions and masks are worked out for all S tokens, and those of the last T are used.
+        """
         config, (_batch, length, _) = self.config, x.shape
         if cache is not None:
             document_ids, pad_mask = cache.seen(length)
@@ -216,20 +230,24 @@ class Transformer(nn.Module):
         counted = positions_of(document_ids, pad_mask) if structured else torch.arange(total, device=x.device)[None]
         counted_on = counted[:, total - length :]
         places = counted_on if positions is None else positions  # (B or 1, T)
-        scene = Scene(cache=cache, weights=[] if keep_weights else None)
+        context = AttentionContext(cache=cache, weights=[] if keep_weights else None)
         if structured or config.window is not None:
-            scene.mask = attention_mask(
+            context.mask = attention_mask(
                 document_ids, pad_mask=pad_mask, positions=counted, window=config.window, prefix=prefix, queries=length
             )[:, None]
         if config.positions == "alibi":
-            scene.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted_on, counted)
+            context.bias = alibi_bias(alibi_slopes(config.heads).to(x), counted_on, counted)
         if config.positions == "rope":
             # (B or 1, 1, T, D), so that it broadcasts over heads
-            scene.rotation = tuple(part[:, None] for part in self._angles(places, straight=places is counted_on))
-        return scene, places
+            context.rotation = tuple(part[:, None] for part in self._angles(places, straight=places is counted_on))
+        return context, places
 
     def _angles(self, places: Int[Tensor, "B T"], *, straight: bool) -> tuple[Tensor, Tensor]:
-        """cos and sin at these positions, looked up in a table that grows. `straight`: nobody chose them."""
+        """cos and sin at these positions, (B or 1, T, D), looked up in a table that grows when it must.
+
+        `straight`: the positions are 0, 1, 2 … as counted here, not passed in by the caller, so a slice of the table can be
+        returned instead of a gather.
+        """
         table = self._rotation
         most = int(places.max()) + 1 if places.numel() else 1
         if table is None or len(table[0]) < most or table[0].device != places.device:
@@ -271,14 +289,22 @@ class Transformer(nn.Module):
         return aux
 
     def new_cache(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:
-        """An empty cache for this model, `context_length` places by default."""
+        """An empty cache for this model with room for `capacity` tokens, `context_length` by default."""
         weight = self.embedding.weight
         return Cache(
             self.config, batch, capacity or self.context_length, dtype=dtype or weight.dtype, device=weight.device
         )
 
+    def describe(self) -> dict[str, Any]:
+        """See registry.Describable."""
+        return {"kind": "transformer", "config": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> Self:
+        return cls(ModelConfig(**described["config"]))
+
     def num_parameters(self) -> int:
-        """Tied ones counted once."""
+        """The number of trainable and frozen parameters. Tied ones are counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, context: int) -> int:

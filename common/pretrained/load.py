@@ -1,8 +1,9 @@
-"""Somebody else's weights in our model: `load_pretrained(source)`.
+"""Load somebody else's weights into our model: `load_pretrained(source)`.
 
-Everything that can be wrong with a file is looked for before memory is taken: names, shapes and formats are in the
-headers. Then the model is built without storage and filled tensor by tensor, so that a load takes the memory of the weights
-and of the largest tensor. Only safetensors, GGUF and JSON are read; a pickle is refused, whatever its name.
+Names, shapes and formats are in the headers of the files, so everything that can be wrong with them is looked for before
+any memory is allocated. Then the model is built without storage and filled one tensor at a time: the peak memory of a load
+is that of the weights and of the largest tensor. Only safetensors, GGUF and JSON are read; a pickle is refused, whatever
+its name.
 """
 
 import json
@@ -31,9 +32,9 @@ from common.training.checkpoint import load_with_tokenizer
 
 HUB_FILES = ["config.json", "model*.safetensors", INDEX, "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "generation_config.json"]  # fmt: skip
-WRONG = (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError)  # what odd JSON does to honest code
-# What a config says about the size of a model, in JSON and (without the name of the family) in GGUF. Other fields are
-# compared with what they may be; these are computed with.
+WRONG = (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError)  # what code raises on unexpected JSON
+# The fields of a config that are computed with, in JSON and (without the name of the family) in GGUF. They are checked here,
+# before anything is computed. All other fields are compared with the values that we support.
 WHOLE = {"vocab_size", "n_positions", "n_layer", "n_embd", "n_head", "n_inner", "max_position_embeddings", "hidden_size",
          "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
          "intermediate_size", "num_local_experts", "num_experts_per_tok", "original_max_position_embeddings",
@@ -48,7 +49,7 @@ LARGEST = 2**31 - 1
 
 
 class Pretrained(NamedTuple):
-    """A model, its tokenizer (None where the folder has none), and the source text of its chat template (likewise)."""
+    """A model, its tokenizer, and the source of its chat template; the last two are None where the folder has none."""
 
     model: Any
     tokenizer: Tokenizer | None
@@ -56,17 +57,18 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(source: str | Path, *, dtype: torch.dtype | None = None, tokenizer: bool = True) -> Pretrained:
-    """Read a model in our form.
+    """Read a model and return it in our form, in evaluation mode.
 
     Args:
         source: "smollm2"; a GGUF file; a folder as Hugging Face writes it (GPT-2, Llama, Qwen3, Mistral, Mixtral); one of
             our runs, or a checkpoint in it; or a name on the Hugging Face hub, "owner/model", which is fetched.
-        dtype: of the weights in memory; None keeps that of the embedding in a folder, and is float32 for GGUF.
-        tokenizer: False does without one: for files whose tokenizer we cannot read.
+        dtype: of the weights in memory. None means the format of the embedding in a folder, and float32 for GGUF.
+        tokenizer: False loads no tokenizer. It is for files whose tokenizer we cannot read.
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: there is nothing at that place.
         AssetUnavailable: "smollm2" cannot be fetched.
-        ValueError: what is there does not fit; names the file and the field or tensor. No partial model is ever returned.
+        ValueError: something in the files does not fit. The message names the file and the field or tensor. No partial model
+            is ever returned.
     """
     if dtype is not None and dtype not in NUMBER_FORMATS.values():
         raise ValueError(f"dtype {dtype}: weights are kept as one of {', '.join(map(str, NUMBER_FORMATS.values()))}")
@@ -136,7 +138,7 @@ def _template_of(folder: Path) -> str | None:
 
 
 def _with_tokens(template: str | None, folder: Path) -> str | None:
-    """The template with the special tokens that it asks for (bos_token, ...) set at its beginning: it stands by itself."""
+    """The template, preceded by definitions of the special tokens that it uses (bos_token, ...), so that it is complete."""
     path = folder / "tokenizer_config.json"
     if template is None or not path.exists():
         return template
@@ -144,7 +146,7 @@ def _with_tokens(template: str | None, folder: Path) -> str | None:
     for name in re.findall(r"\b(?:bos|eos|pad|unk)_token\b", template):
         value = described.get(name)
         values[name] = value.get("content") if isinstance(value, dict) else value
-    # As it is: Jinja would not put an escaped pair of surrogates together again.
+    # Not escaped to ASCII: Jinja would not join an escaped pair of surrogates to one character again.
     written = {n: json.dumps(v, ensure_ascii=False) for n, v in values.items() if isinstance(v, str)}
     return "".join(f"{{% set {n} = {v} %}}" for n, v in written.items()) + template
 
@@ -183,8 +185,8 @@ def _from_gguf(path: Path, dtype: torch.dtype | None, wants_tokenizer: bool) -> 
 def _config(
     described: Mapping[str, Any], prefix: str, read: Callable[[Mapping[str, Any]], ModelConfig], where: str
 ) -> ModelConfig:
-    """Our config, or ValueError that names the file and, as far as it can be known, the field."""
-    # What is null is not given; but Mistral's window is 4,096 where it is not given, and none where it is null.
+    """Our config. Raises ValueError that names the file and, where it is known, the field."""
+    # A null field counts as missing, except for Mistral's window: missing means 4,096 there, and null means no window.
     given = {key: value for key, value in described.items() if value is not None or key == "sliding_window"}
     try:
         _check_fields(given, prefix)
@@ -218,7 +220,7 @@ def _tokenizer(read: Callable[[], BPETokenizer], config: ModelConfig, where: str
     odd += [name for name in made.specials if not isinstance(name, str)]
     if odd:
         raise ValueError(f"{where}: the tokenizer has the id or special token {odd[0]!r}")
-    if made.vocab_size > config.vocab_size:  # fewer is usual: rows that fill up
+    if made.vocab_size > config.vocab_size:  # fewer is usual: many models pad their embedding with unused rows
         raise ValueError(
             f"{where}: the tokenizer makes {made.vocab_size} ids, the model has rows for {config.vocab_size}: "
             "they do not belong together"
@@ -242,7 +244,7 @@ def _turns(config: ModelConfig) -> bool:
 def _filled(
     config: ModelConfig, theirs: Shards | Dequantised, family: Family, dtype: torch.dtype | None, where: str
 ) -> Transformer:
-    """The model with every parameter from `theirs`, or ValueError."""
+    """The model with every parameter filled from `theirs`. Raises ValueError if one is missing, left over, or not finite."""
     try:
         names = matched(config, theirs.shapes, family)
         if config.positions == "rope" and not _turns(config):
@@ -252,11 +254,12 @@ def _filled(
     dtype = dtype or NUMBER_FORMATS[theirs.formats[names["embedding.weight"]]]
     with without_storage():
         model = Transformer(config)
-    # All of it first: between the weights, what is read would leave holes that nothing fills. It takes memory when written.
+    # Allocate all parameters before reading: interleaving long-lived weights with temporary file buffers would fragment the
+    # heap. torch.empty costs no memory until it is written.
     state = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
     for name, tensor in renamed(theirs, names, family, config):
-        state[name].copy_(tensor)  # ours, and nobody's view
-        del tensor
+        state[name].copy_(tensor)  # a copy: the tensor may be a view of a larger one, which would stay in memory
+        del tensor  # before the next one is read
         if not bool(torch.isfinite(state[name].sum(dtype=torch.float32))) and not state[name].isfinite().all():
             raise ValueError(
                 f"{where}: {names[name]} holds infinities or NaN{' in ' + str(dtype) if dtype.itemsize < 4 else ''}"

@@ -16,9 +16,9 @@ from common.data.documents import Batch
 from common.data.shards import Shards
 from common.data.stream import BatchStream
 from common.foundation.statistics import Interval, mean_ci
+from common.model.attention_heads import induction_score, previous_token_score, without_heads
 from common.model.config import ModelConfig
 from common.model.geometry import cohesion, directions, like_in_frequency, nearest, pair_cosines, spelling_pairs
-from common.model.heads import induction_score, previous_token_score, without_heads
 from common.model.recurrent import Recurrent
 from common.model.transformer import Transformer
 from common.tokenization.bpe import BPETokenizer, show_token

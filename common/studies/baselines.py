@@ -22,7 +22,7 @@ from common.foundation.evidence import claim, number
 from common.foundation.plots import bars, save
 from common.foundation.statistics import mean_ci, paired_difference
 from common.generation.engine import Engine
-from common.generation.packed import packed
+from common.generation.prepacked import prepacked
 from common.generation.sampling import SamplingParams
 from common.model.output import LanguageModel
 from common.model.transformer import Transformer
@@ -238,8 +238,8 @@ def contenders_of(loaded: Pretrained, base: Pretrained, counted: Any, label: str
     return {
         "unigram": Contender(counted.truncated(1), base.tokenizer, stream),
         "5-gram": Contender(counted, base.tokenizer, stream),
-        "base model": Contender(packed(base.model), base.tokenizer, stream, base.model.num_parameters()),
-        "pretrained": Contender(packed(loaded.model), loaded.tokenizer, label, loaded.model.num_parameters()),
+        "base model": Contender(prepacked(base.model), base.tokenizer, stream, base.model.num_parameters()),
+        "pretrained": Contender(prepacked(loaded.model), loaded.tokenizer, label, loaded.model.num_parameters()),
     }
 
 

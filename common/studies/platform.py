@@ -21,7 +21,7 @@ from common.foundation.assets import asset, catalogue
 from common.foundation.gguf_file import GGUFFile
 from common.generation.decode import padded
 from common.generation.engine import Completion, Engine
-from common.generation.packed import packed
+from common.generation.prepacked import prepacked
 from common.generation.sampling import SamplingParams
 from common.pretrained.load import Pretrained
 from common.pretrained.parity import Parity, parity_report
@@ -143,7 +143,7 @@ def greedy_parity(
 
     Both run all prompts in one batch, with padding on the left.
     """
-    engine = Engine(packed(loaded.model), loaded.tokenizer)
+    engine = Engine(prepacked(loaded.model), loaded.tokenizer)
     ids = [loaded.tokenizer.encode(prompt) for prompt in prompts]
     room = loaded.model.context_length - max(map(len, ids))  # beyond it, each engine has rules of its own
     params = SamplingParams(temperature=0, max_tokens=max(1, min(tokens, room)))

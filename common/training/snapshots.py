@@ -1,12 +1,12 @@
-"""Snapshots of a training in progress. Each is whole or absent, and holds enough to continue with the same bits.
+"""Snapshots of a training in progress: whole or absent, and enough to go on with the same bits.
 
     <folder>/step-00000120/model.safetensors, checkpoint.json     a checkpoint like any other
                            training.safetensors                   optimizer state
-                           shards/                                replaces both where the weights are sharded over processes
+                           shards/                                instead of both, from processes with sharded weights
                            progress.json                          everything else, and the hashes of the files
 
-A snapshot is written under a temporary name and renamed when it is complete; only then are older ones deleted. Sharded
-snapshots are written by `torch.distributed.checkpoint` and can be read by any number of processes.
+A snapshot is written beside its place and renamed into it when it is complete; only then are older ones deleted. Sharded
+ones use `torch.distributed.checkpoint` and can be read by any number of processes.
 """
 
 import os
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.foundation.files import read_json, sha256_file, write_json
-from common.training.checkpoint import describe_model, load_tensors, read_checkpoint, save_checkpoint
+from common.training.checkpoint import describe_model, load_onto, read_checkpoint, save_checkpoint, trainable_names
 from common.training.distributed import gathered, inner, is_sharded
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Snapshots:
-    """A folder of snapshots, of which the newest `keep` stay."""
+    """A folder of them, the newest `keep` of which stay."""
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         if keep < 1:
@@ -38,11 +38,11 @@ class Snapshots:
         self.folder, self.keep = Path(folder), keep
 
     def all(self) -> list[Path]:
-        """The complete snapshots, newest first. An incomplete one still has its temporary name."""
+        """Newest first. A name is given only to a complete snapshot."""
         return sorted(self.folder.glob("step-????????"), reverse=True)
 
     def save(self, trainer: "Trainer") -> Path:
-        """Write a snapshot of this trainer. All processes must call it."""
+        """Write a snapshot of this trainer; all processes call it."""
         place = self.folder / f"step-{trainer.done:08d}"
         partial = place.with_name(f".{place.name}.partial")
         first, model = trainer.world.rank == 0, inner(trainer.model)
@@ -51,12 +51,15 @@ class Snapshots:
             partial.mkdir(parents=True)
         trainer.world.meet()
         if is_sharded(trainer.model):
-            import torch.distributed.checkpoint as dcp  # imported here: it takes half a second, and few trainings need it
+            import torch.distributed.checkpoint as dcp  # half a second, for few
 
             with _quiet():
                 dcp.save(_tensors_of(trainer), checkpoint_id=partial / "shards")
         elif first:
-            save_checkpoint(partial, model, trainer.tokenizer)
+            learns, parameters = trainable_names(model), dict(model.named_parameters())
+            # What is frozen is not written again and again: the checkpoint keeps its fingerprint.
+            only = learns if 0 < len(learns) < len(parameters) else None
+            save_checkpoint(partial, model, trainer.tokenizer, only=only)
             state = {name: t.detach().cpu().contiguous() for name, t in trainer.optimizers.state_tensors().items()}
             safetensors.torch.save_file(state, partial / "training.safetensors")
         trainer.world.meet()
@@ -70,13 +73,13 @@ class Snapshots:
             }
             write_json(partial / "progress.json", progress)
             aside = place.with_name(f".{place.name}.old")
-            if place.exists():  # this update was saved before: move that aside, so that there is always a whole one
+            if place.exists():  # saved twice: never a moment without one
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(place, aside)
             os.replace(partial, place)
             shutil.rmtree(aside, ignore_errors=True)
-            # Count only snapshots up to this update. A newer one on disk was found damaged when the training resumed; it
-            # must not count toward `keep` and push out a whole one.
+            # Count only snapshots up to this step. A newer one on disk was found damaged when we resumed; it must not count
+            # toward `keep` and evict a good one.
             behind = [path for path in self.all() if path.name <= place.name]
             for old in behind[self.keep :]:  # gallery: pretraining/delete-before-write
                 shutil.rmtree(old)
@@ -84,11 +87,10 @@ class Snapshots:
         return place
 
     def load_newest(self, trainer: "Trainer") -> bool:
-        """Continue from the newest snapshot whose files are whole; returns False if there is none.
+        """Continue from the newest snapshot whose files are whole; False if there is none.
 
         Raises:
-            ValueError: it belongs to another tokenizer, model, optimizer or stream. The message says both sides, and
-                nothing has been changed.
+            ValueError: it belongs to another tokenizer, model, optimizer or stream. Says both sides.
         """
         for place in self.all():
             try:
@@ -110,43 +112,49 @@ class Snapshots:
                 f"{trainer.tokenizer.fingerprint[:12]}…: remove the snapshots to begin anew, or take that tokenizer"
             )
         there, here = progress["model"], describe_model(inner(trainer.model))
-        if there != here:  # comparing shapes is not enough: another number of heads has the same ones
+        if there != here:  # not only shapes: another number of heads has the same
             raise ValueError(f"{place} holds the model {there}, this training has {here}: resume with the model saved")
         if len(progress["counters"]) != len(trainer.optimizers.groups):
             raise ValueError(
                 f"{place} has {len(progress['counters'])} groups of parameters, the optimizer here "
                 f"{len(trainer.optimizers.groups)}: resume with the optimizer that was saved"
             )
-        # Everything is compared before anything is changed, so the stream tries its state on a copy of itself.
+        # Everything is compared before anything is changed.
         copy(trainer.stream).load_state_dict(progress["stream"])
         if (place / "shards").exists():
             import torch.distributed.checkpoint as dcp
 
             saved = dcp.FileSystemReader(place / "shards").read_metadata().state_dict_metadata
             _compare(trainer, {name: tuple(there.size) for name, there in saved.items()}, place)
-            with _quiet():  # fills the tensors in place, by name, however they are sharded here
+            with _quiet():  # by name, in place, into whatever layout is here
                 dcp.load(_tensors_of(trainer), checkpoint_id=place / "shards", no_dist=not dist.is_initialized())
         else:
             if is_sharded(trainer.model):
                 raise ValueError(f"{place} was saved whole: resume it without sharding, or begin anew")
-            tensors = read_checkpoint(place, trainer.tokenizer)[1]
+            saved, tensors = read_checkpoint(place, trainer.tokenizer)
             state = safetensors.torch.load((place / "training.safetensors").read_bytes())
             both = (("model", tensors), ("optimizer", state))
             _compare(trainer, {f"{kind}/{n}": tuple(t.shape) for kind, part in both for n, t in part.items()}, place)
-            load_tensors(inner(trainer.model), tensors, str(place))
+            load_onto(inner(trainer.model), saved, tensors, str(place))
             trainer.optimizers.load(state)
         trainer.optimizers.load_counters(progress["counters"])
         trainer.load_progress(progress)
 
 
 def whole_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, gathered where they are sharded. Every process must call it."""
+    """The parameters by name, gathered from all processes where they are sharded; every process calls it."""
     return {name: gathered(p).detach() for name, p in inner(model).named_parameters()}
 
 
 def _tensors_of(trainer: "Trainer") -> dict[str, Tensor]:
-    """All tensors of a training by name: what `torch.distributed.checkpoint` writes, and what it fills."""
-    model = {f"model/{name}": p.detach() for name, p in inner(trainer.model).named_parameters()}
+    """Everything that a snapshot holds, by name: what `torch.distributed.checkpoint` writes, and what it fills.
+
+    Frozen parameters are left out, as in `save`, except from shards: their fingerprint would have to be gathered first.
+    """
+    bare = inner(trainer.model)
+    learns = trainable_names(bare)
+    everything = is_sharded(trainer.model) or not learns
+    model = {f"model/{name}": p.detach() for name, p in bare.named_parameters() if everything or name in learns}
     return model | {f"optimizer/{name}": t for name, t in trainer.optimizers.state_tensors().items()}
 
 
@@ -162,5 +170,5 @@ def _compare(trainer: "Trainer", saved: dict[str, tuple[int, ...]], place: Path)
 
 
 def _quiet() -> warnings.catch_warnings:
-    """Silence torch's warning that a checkpoint is planned by a single process, which is intended here."""
+    """torch warns about planning in one process; that is what is meant."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)

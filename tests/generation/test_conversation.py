@@ -51,7 +51,7 @@ def test_a_turn_reads_only_what_is_new():
     network, read = model(), []
     network.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     engine = Engine(network, WORDS, remember=True)
-    first = encode_chat([{"role": "user", "content": "Who is there?"}], CHATML, WORDS)
+    first = encode_chat([{"role": "user", "content": "Who is there?"}], CHATML, WORDS).ids
     params = SamplingParams(temperature=0, max_tokens=4)
     list(engine.stream(first, params))
     assert read[0] == len(first)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from common.model.attention import Attention, Scene, attend, attend_naive
+from common.model.attention import Attention, AttentionContext, attend, attend_naive
 from common.model.config import ModelConfig
 from common.model.masks import attention_mask, causal_mask, positions_of
 
@@ -103,7 +103,7 @@ def test_module_on_shapes_where_nothing_is_square(width, heads, groups, head_wid
     module = Attention(config)
     (x,) = tensors(2, 5, width, count=1)
     weights = []
-    slow = module(x, Scene(weights=weights))
+    slow = module(x, AttentionContext(weights=weights))
     torch.testing.assert_close(module(x), slow, atol=1e-6, rtol=1e-5)
     assert weights[0].shape == (2, heads, 5, 5)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from common.model.attention import Scene
+from common.model.attention import AttentionContext
+from common.model.attention_heads import induction_score, without_heads
 from common.model.config import ModelConfig
-from common.model.heads import induction_score, without_heads
 from common.model.masks import attention_mask, document_starts, positions_of
 from common.model.mlp import MixtureOfExperts
 from common.model.recurrent import Recurrent
@@ -155,4 +155,4 @@ def test_absorbed_is_chosen_when_the_cache_holds_tokens():
         model(ids[:, :8], cache=cache)
         model(ids[:, 8:], cache=cache)
     assert forms == ["_expanded", "_absorbed"]
-    assert Scene().cache is None
+    assert AttentionContext().cache is None

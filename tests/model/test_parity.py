@@ -8,7 +8,7 @@ import transformers
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from common.model.attention import Scene
+from common.model.attention import AttentionContext
 from common.model.cache import Cache
 from common.model.config import ModelConfig
 from common.model.latent import LatentAttention
@@ -203,7 +203,7 @@ def test_latent_attention_in_both_forms(query_latent, interleaved):
     rotation = tuple(part[:, None] for part in wide(*rope_angles(places, frequencies), config.rope_layout))
     expected = torch.autograd.grad(other.square().sum(), [x, *theirs.parameters()])
     for absorbed in (False, True):
-        mine = ours(x, Scene(rotation=rotation), absorbed=absorbed)
+        mine = ours(x, AttentionContext(rotation=rotation), absorbed=absorbed)
         assert relative(mine, other) < 1e-5
         found = torch.autograd.grad(mine.square().sum(), [x, *ours.parameters()])
         assert len(found) == len(expected)
@@ -213,8 +213,8 @@ def test_latent_attention_in_both_forms(query_latent, interleaved):
             assert a == pytest.approx(b, rel=1e-4), shape
     cache = Cache(config, 2, 9)  # seven tokens expanded, then two absorbed
     with torch.inference_mode():
-        first = Scene(rotation=tuple(part[:, :, :7] for part in rotation), cache=cache)
-        second = Scene(rotation=tuple(part[:, :, 7:] for part in rotation), cache=cache)
+        first = AttentionContext(rotation=tuple(part[:, :, :7] for part in rotation), cache=cache)
+        second = AttentionContext(rotation=tuple(part[:, :, 7:] for part in rotation), cache=cache)
         cache.begin((2, 7), None, None)
         start = ours(x[:, :7], first)
         cache.advance(7)

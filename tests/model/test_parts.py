@@ -198,10 +198,10 @@ def test_a_block_is_its_formula(placement, norm):
     block, ids = model.blocks[0], ids_of()
     seen = model(ids, want=["hidden"])
     x = seen.hidden[0]
-    scene, _ = model._scene(x, None, None, None, None, False)
+    context, _ = model._attention_context(x, None, None, None, None, False)
     for name in ("attention", "mlp"):
         norms = [getattr(block, f"{name}_norm{after}", None) for after in ("", "_after")]
-        call = (lambda y: block.attention(y, scene)) if name == "attention" else block.mlp
+        call = (lambda y: block.attention(y, context)) if name == "attention" else block.mlp
         if placement == "pre":
             x = x + 0.5 * call(norms[0](x))
         elif placement == "post":

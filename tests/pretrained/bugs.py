@@ -170,16 +170,16 @@ def attending(change):
 
 
 def turned(model):
-    """Its scene, with angles."""
-    plain = model._scene
+    """Its attention context, with angles."""
+    plain = model._attention_context
 
-    def scene(x, *more):
+    def context(x, *more):
         made, places = plain(x, *more)
         frequencies, _ = rope_frequencies(model.config.but(positions="rope"))
         made.rotation = tuple(part[:, None] for part in wide(*rope_angles(places, frequencies), "half"))
         return made, places
 
-    return scene
+    return context
 
 
 def tiled(k, v, q, **more):
@@ -289,7 +289,7 @@ BUGS = {  # name: (family, bug, first stage, words of the cause)
     "layout": ("llama", config(rope_layout="interleaved"), "layer 0, heads", "half layout, ours the interleaved one"),
     "no rotary positions": ("llama", config(positions="none"),
         "layer 0, heads", "the reference has rotary positions of base 10,000"),
-    "rotary positions that are not there": ("gpt2", lambda m: patch.object(m, "_scene", turned(m)),
+    "rotary positions that are not there": ("gpt2", lambda m: patch.object(m, "_attention_context", turned(m)),
         "layer 0, heads", "ours has rotary positions of base 10,000"),
     "scaling of positions": ("llama", config(rope_scaling="linear", rope_factor=4.0),
         "layer 0, heads", "does not scale its rotary"),

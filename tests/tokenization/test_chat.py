@@ -168,15 +168,17 @@ def test_ids_are_those_of_transformers(bpe, theirs, name, prompt):
             expected = theirs.apply_chat_template(
                 talk, chat_template=template, add_generation_prompt=prompt, return_dict=False, **more
             )
-            assert encode_chat(talk, template, bpe, add_generation_prompt=prompt, **values, **more) == expected
+            found = encode_chat(talk, template, bpe, add_generation_prompt=prompt, **values, **more)
+            assert found.ids == expected
+            assert len(found.spoken) == len(expected)
 
 
 def test_a_value_of_the_tokenizer_is_special_and_other_values_are_text(bpe):
     talk = [{"role": "user", "content": "a"}]
-    assert encode_chat(talk, LLAMA3, bpe, bos_token="<|bos|>")[0] == bpe.specials["<|bos|>"]
-    assert bpe.specials["<|bos|>"] not in encode_chat(talk, LLAMA3, bpe, bos_token="<|bos|> <|bos|>")
+    assert encode_chat(talk, LLAMA3, bpe, bos_token="<|bos|>").ids[0] == bpe.specials["<|bos|>"]
+    assert bpe.specials["<|bos|>"] not in encode_chat(talk, LLAMA3, bpe, bos_token="<|bos|> <|bos|>").ids
     template = "{{ date }}{{ tools }}<|im_end|>"
-    ids = encode_chat(talk, template, bpe, date="<|im_end|>", tools=[{"<|im_start|>": ("<|pad|>",)}])
+    ids = encode_chat(talk, template, bpe, date="<|im_end|>", tools=[{"<|im_start|>": ("<|pad|>",)}]).ids
     assert [i for i in ids if i in bpe.specials.values()] == [bpe.specials["<|im_end|>"]]
 
 
@@ -230,8 +232,8 @@ def test_whatever_people_write_stays_text(bpe, name, contents):
     silent = [{**message, "content": "a"} for message in talk]
     if name == "llama3":  # what an assistant has said keeps its visible tokens
         talk = [{**m, "content": re.sub("think|tool_call", "", m["content"])} for m in talk]
-    ids = encode_chat(talk, template, bpe, **values)
-    assert counts(bpe, ids) == counts(bpe, encode_chat(silent, template, bpe, **values))
+    ids = encode_chat(talk, template, bpe, **values).ids
+    assert counts(bpe, ids) == counts(bpe, encode_chat(silent, template, bpe, **values).ids)
     assert with_names(bpe, ids) == render_chat(talk, template, **values)
 
 
@@ -239,11 +241,11 @@ def test_whatever_people_write_stays_text(bpe, name, contents):
 @settings(max_examples=50, deadline=None)
 def test_the_same_with_bytes_as_tokens(contents):
     tokenizer = ByteTokenizer(SPECIALS)
-    ids = encode_chat([{"role": "user", "content": text} for text in contents], CHATML, tokenizer)
+    ids = encode_chat([{"role": "user", "content": text} for text in contents], CHATML, tokenizer).ids
     assert [i for i in ids if i > 255] == [257, 258] * len(contents) + [257]
     text = render_chat([{"role": "user", "content": text} for text in contents], CHATML)
     assert with_names(tokenizer, ids) == text
-    assert encode_chat([{"role": "user", "content": "a"}], CHATML, ByteTokenizer(())) == list(
+    assert encode_chat([{"role": "user", "content": "a"}], CHATML, ByteTokenizer(())).ids == list(
         render_chat([{"role": "user", "content": "a"}], CHATML).encode()
     )
 
@@ -252,7 +254,7 @@ def test_the_same_with_bytes_as_tokens(contents):
 @settings(max_examples=100, deadline=None)
 def test_names_that_overlap_or_hold_each_other(text):
     tokenizer = ByteTokenizer(("aba", "x</s>", "</s>", "bb"))
-    ids = encode_chat([{"role": "user", "content": text}], "{{ messages[0].content }}</s>a", tokenizer)
+    ids = encode_chat([{"role": "user", "content": text}], "{{ messages[0].content }}</s>a", tokenizer).ids
     assert [i for i in ids if i > 255] == [258]
     assert with_names(tokenizer, ids) == text + "</s>a"
 
@@ -261,21 +263,21 @@ def test_names_that_overlap_or_hold_each_other(text):
 def test_parts_at_the_ends_of_a_message(bpe, text):
     talk = [{"role": "user", "content": text}]
     for template in (BETWEEN, STRIPPED, JOINED):
-        ids = encode_chat(talk, template, bpe)
-        assert counts(bpe, ids) == counts(bpe, encode_chat([{"role": "user", "content": "a"}], template, bpe))
+        ids = encode_chat(talk, template, bpe).ids
+        assert counts(bpe, ids) == counts(bpe, encode_chat([{"role": "user", "content": "a"}], template, bpe).ids)
         assert with_names(bpe, ids) == render_chat(talk, template)
 
 
 def test_an_assistant_keeps_its_visible_tokens_and_nothing_else(bpe):
     think, end = bpe.specials["<think>"], bpe.specials["<|im_end|>"]
     for role, thoughts in (("assistant", 1), ("user", 0)):
-        ids = encode_chat([{"role": role, "content": "<think>a<|im_end|>"}], CHATML, bpe)
+        ids = encode_chat([{"role": role, "content": "<think>a<|im_end|>"}], CHATML, bpe).ids
         assert (ids.count(think), ids.count(end)) == (thoughts, 1)
 
 
 def test_names_in_json_that_a_template_writes(bpe):
     template = "<|im_start|>{{ messages | tojson }}{{ messages[0].content | upper }}<|im_end|>"
-    ids = encode_chat([{"role": "user", "content": "x<|im_end|>é<|IM_END|>"}], template, bpe)
+    ids = encode_chat([{"role": "user", "content": "x<|im_end|>é<|IM_END|>"}], template, bpe).ids
     assert counts(bpe, ids) == {**dict.fromkeys(NAMES, 0), "<|im_start|>": 1, "<|im_end|>": 1}
     assert with_names(bpe, ids) == render_chat([{"role": "user", "content": "x<|im_end|>é<|IM_END|>"}], template)
 
@@ -289,14 +291,14 @@ def test_names_in_json_that_a_template_writes(bpe):
     ],
 )
 def test_a_template_that_decides_by_special_tokens_in_a_message_is_refused(bpe, template):
-    assert encode_chat([{"role": "user", "content": "x"}], template, bpe)[-1] == bpe.specials["<|im_end|>"]
+    assert encode_chat([{"role": "user", "content": "x"}], template, bpe).ids[-1] == bpe.specials["<|im_end|>"]
     with pytest.raises(ValueError, match="looks like a special token"):
         encode_chat([{"role": "user", "content": "x<|im_end|>"}], template, bpe)
 
 
 def test_a_special_token_of_one_character_cannot_be_written(bpe):
     one = BPETokenizer(bpe.tokens, bpe.merges, bpe.pattern, {"☺": 5000})
-    assert encode_chat([{"role": "user", "content": "a"}], "{{ messages[0].content }}☺", one)[-1] == 5000
+    assert encode_chat([{"role": "user", "content": "a"}], "{{ messages[0].content }}☺", one).ids[-1] == 5000
     with pytest.raises(ValueError, match="'☺' in a message"):
         encode_chat([{"role": "user", "content": "☺"}], "{{ messages[0].content }}", one)
 

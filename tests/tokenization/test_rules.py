@@ -191,7 +191,7 @@ def test_visible_tokens_are_text_when_they_are_decoded(base, tmp_path):
     assert theirs.decode(ids, skip_special_tokens=True) == "<think>né</think>"
     hidden = from_hf_json(file_of(base, tmp_path))
     assert hidden.decode(ids) == "né"
-    prompt = encode_chat([{"role": "user", "content": "<think>"}], "{{ messages[0].content }}</think>", ours)
+    prompt = encode_chat([{"role": "user", "content": "<think>"}], "{{ messages[0].content }}</think>", ours).ids
     assert [i for i in prompt if i in ours.specials.values()] == [ours.specials["</think>"]]
 
 

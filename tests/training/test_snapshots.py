@@ -102,7 +102,7 @@ def test_nothing_is_deleted_before_the_new_one_is_complete(tmp_path, monkeypatch
     trainer.update()
     for place in ("write_json", "save_checkpoint", "sha256_file"):
         with monkeypatch.context() as broken:
-            broken.setattr(room, place, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            broken.setattr(room, place, lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
             with pytest.raises(OSError, match="disk full"):
                 trainer.save()
         assert [path.name for path in Snapshots(tmp_path).all()] == ["step-00000004"], place

@@ -12,6 +12,7 @@ from common.diagnostics.probes import (
     texts,
     tokens,
     training,
+    transformations,
     weights,
 )
 
@@ -98,6 +99,8 @@ ALL: tuple[Probe, ...] = (
     weights.dead_rows,
     weights.context_agrees,
     weights.template_parity,
+    transformations.fingerprint_sees_every_weight,
+    transformations.adapter_survives,
 )
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.model.attention_heads import induction_score, previous_token_score, without_heads
 from common.model.config import ModelConfig
 from common.model.geometry import cohesion, directions, like_in_frequency, nearest, pair_cosines, spelling_pairs
-from common.model.heads import induction_score, previous_token_score, without_heads
 from common.model.transformer import Transformer
 from common.tokenization.bpe import BPETokenizer
 
