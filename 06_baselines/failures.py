@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.diagnostics.core import Failure, Specimen, replaced
 from common.diagnostics.handles import handles_of
-from common.generation.decode import Row, recompute
+from common.generation.decode import GrowingRow, recompute
 from common.generation.sampling import SamplingParams, probabilities
 from common.model import transformer
 from common.model.config import ModelConfig
@@ -161,7 +161,7 @@ def next_probabilities(model: nn.Module, allowed: Tensor | None = None) -> Calla
     """What the engine draws from at temperature 1. `allowed` (V,) is True for the ids that are tokens."""
 
     def draw(ids: Tensor) -> Tensor:
-        rows = [Row(place, row, len(row), np.zeros(0)) for place, row in enumerate(ids.tolist())]
+        rows = [GrowingRow(row, SamplingParams()) for row in ids.tolist()]
         logits = recompute(model, rows)
         logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
         return probabilities(logits, SamplingParams())

@@ -119,7 +119,7 @@ def test_another_model_is_another_evaluation(adder, tokenizer, tmp_path):
     path = tmp_path / "t.jsonl"
     evaluate(TASK, WARM, adder, 5, split="train", trace_path=path)
     other = Engine(adder.model.truncated(3), tokenizer)
-    with pytest.raises(ValueError, match="model differ"):
+    with pytest.raises(ValueError, match=r"\(model, context_length differ\)"):
         evaluate(TASK, WARM, other, 5, split="train", trace_path=path)
 
 

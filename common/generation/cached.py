@@ -1,0 +1,199 @@
+"""The fast form of `recompute`: a model with a cache is shown each token once, and the logits are the same.
+
+The rows of a batch share one cache, flush right, with padding on the left of shorter ones. Rows join it, leave it, and are
+read anew when they outgrow the context, without the other rows being read again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from common.generation import decode
+from common.generation.decode import GrowingRow, context_start, device_of, padded
+from common.model.cache import Cache
+from common.model.output import LanguageModel
+
+COMPACT = 4  # ended rows are taken out of the cache when they are at least one in this many
+
+
+class Weights:
+    """The state of a model's weights at one moment, to notice later that they have changed. No numbers are copied.
+
+    Seen: everything that autograd counts as writing to a parameter or buffer (an optimizer's step, `copy_`,
+    `load_state_dict`, arithmetic in place under `no_grad`), a parameter that was exchanged for another one, added or removed,
+    and a move to another device or number format. Not seen: writing through `.data` or `.numpy()`, weights that a module
+    keeps outside its parameters and buffers, and changes of other attributes, such as a switched-off adapter.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        # The tensors are held, not only their addresses: a freed address could be given to the next tensor.
+        self.tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        self.marks = self._read()
+
+    def _read(self) -> list[tuple[int, object]]:
+        # A tensor that was made in inference mode counts no versions. Such weights count as changed every time.
+        return [(t.data_ptr(), object() if t.is_inference() else t._version) for t in self.tensors]
+
+    def written(self) -> bool:
+        """Whether one of the tensors was written to since. Quick enough to ask at every step."""
+        return self._read() != self.marks
+
+    def are_those_of(self, model: LanguageModel) -> bool:
+        """Whether the model still has these very tensors, with the same numbers in them."""
+        now = Weights(model)
+        same = len(now.tensors) == len(self.tensors) and all(map(lambda a, b: a is b, now.tensors, self.tensors))
+        return same and now.marks == self.marks
+
+
+class PrefixCache:
+    """What is left of the last row that was read: the next one may begin alike, as the turns of a conversation do.
+
+    It is worth nothing once the weights have changed, and is not used then (see Weights for which changes are seen).
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, and free its memory."""
+        self.tokens: list[int] = []
+        self.cache: Cache | None = None
+        self.weights: Weights | None = None
+
+    def keep(self, tokens: list[int], cache: Cache, weights: Weights) -> None:
+        """Remember the keys and values of these tokens, which were computed with these weights."""
+        self.tokens, self.cache, self.weights = tokens, cache, weights
+
+    def shared(self, window: Sequence[int], model: LanguageModel) -> int:
+        """How many first tokens of `window` need not be read again. The last one always is, because its logits are wanted."""
+        if self.cache is None:
+            return 0
+        if not self.weights.are_those_of(model):  # gallery: baselines/stale-prefix
+            self.clear()
+            return 0
+        most = min(len(self.tokens), len(window) - 1)
+        return next((i for i in range(most) if self.tokens[i] != window[i]), most)
+
+
+class Cached:
+    """`recompute` for a model with `new_cache`. Call it with the rows that are running, in any order.
+
+    Rows whose last token alone is missing from the cache are shown that token. All others are read whole: rows that are new,
+    rows that have outgrown the context since (context_start), and everything after a change of the weights.
+
+    Args:
+        model: see Transformer.
+        prefix: begin a single row from what an earlier one left there, and leave this one there.
+    """
+
+    def __init__(self, model: LanguageModel, prefix: PrefixCache | None = None) -> None:
+        self.model, self.device, self.prefix = model, device_of(model), prefix
+        self.forget()
+
+    def forget(self) -> None:
+        """Read every row again at the next call."""
+        self.cache: Cache | None = None
+        # The rows in the cache in its order, some of which may have ended, and which of their tokens it holds: [start, end).
+        self.held: dict[GrowingRow, tuple[int, int]] = {}
+        self.weights = Weights(self.model)
+
+    def __call__(self, rows: list[GrowingRow]) -> Float[Tensor, "B V"]:
+        """Logits of the token after each row."""
+        if self.weights.written():  # keys and values of the old weights do not belong to queries of the new ones
+            self.forget()
+        length = self.model.context_length
+        spans = {row: (context_start(len(row.tokens), length), len(row.tokens)) for row in rows}
+        going = [row for row, (start, end) in spans.items() if self.held.get(row) == (start, end - 1)]
+        if len(going) == len(rows):
+            logits = self._advance(going, moved=False)
+        elif going:
+            logits = self._join(rows, going)
+        else:
+            self.cache = None  # freed before the new one is made: both at once would double the peak of memory
+            cache, which, logits = self._read(rows)
+            self.cache, self.held = cache.fork(which, capacity=self._capacity(rows)), dict.fromkeys(rows)
+            logits = logits[which]
+        self.held.update(spans)
+        if self.prefix is not None and len(self.held) == 1:
+            ((row, (start, end)),) = self.held.items()
+            if start == 0:
+                self.prefix.keep(row.tokens[:end], self.cache, self.weights)
+            else:  # the beginning of the row is not in the cache any more
+                self.prefix.clear()
+        return logits
+
+    def _advance(self, going: list[GrowingRow], *, moved: bool) -> Float[Tensor, "B V"]:
+        """Logits after these rows of the cache, (len(going), V): each is shown its newest token.
+
+        Args:
+            moved: some row that still runs is in the cache with a window that it has outgrown, and must leave it.
+        """
+        places = self._places(going)
+        if moved or self.cache.length == self.cache.capacity:
+            # A full cache does not mean that one of these rows is full: its places may have gone to padding, or to a row that
+            # has left. Gathering drops the places on the left that none of these rows needs.
+            self.cache = Cache.gather([(self.cache, places)], capacity=self._capacity(going))
+            self.held = {row: self.held[row] for row in going}
+        elif COMPACT * (len(self.held) - len(going)) >= len(self.held):
+            # To copy the cache for each row that ends would cost more than it saves; a quarter of the rows pays for the copy.
+            self.cache = self.cache.fork(places)
+            self.held = {row: self.held[row] for row in going}
+        # Ended rows that are still in the cache are shown their last token again, and the logits are dropped. Their positions
+        # stay below `context_length`, because the cache never has more places than that.
+        newest = torch.tensor([[row.tokens[-1]] for row in self.held], device=self.device)  # (B, 1)
+        logits = self.model(newest, cache=self.cache).logits[:, -1]
+        places = self._places(going)
+        return logits if places == list(range(len(self.held))) else logits[places]
+
+    def _join(self, rows: list[GrowingRow], going: list[GrowingRow]) -> Float[Tensor, "B V"]:
+        """Logits after rows of which only those in `going` can go on from the cache. The others are read, and join it."""
+        known = set(going)
+        joining = [row for row in rows if row not in known]
+        here = self._advance(going, moved=any(row in self.held for row in joining))
+        cache, which, there = self._read(joining)
+        together = [*going, *joining]
+        self.cache = Cache.gather(
+            [(self.cache, self._places(going)), (cache, which)], capacity=self._capacity(together)
+        )
+        self.held = dict.fromkeys(together)
+        return torch.cat([here, there[which]])[self._places(rows)]
+
+    def _places(self, rows: list[GrowingRow]) -> list[int]:
+        """Where these rows are in the batch of the cache."""
+        place = {row: i for i, row in enumerate(self.held)}
+        return [place[row] for row in rows]
+
+    def _capacity(self, rows: list[GrowingRow]) -> int:
+        """Places that these rows will need until the last of them ends or outgrows the context."""
+        length = self.model.context_length
+        return min(
+            length,
+            max(
+                len(row.tokens) - context_start(len(row.tokens), length) + max(1, row.params.max_tokens - row.generated)
+                for row in rows
+            ),
+        )
+
+    def _read(self, rows: list[GrowingRow]) -> tuple[Cache, list[int], Float[Tensor, "W V"]]:
+        """Read every distinct window of these rows once: (cache, for each row the number of its window, logits after each)."""
+        length = self.model.context_length
+        number: dict[tuple[int, ...], int] = {}  # of each distinct window
+        windows = (tuple(row.tokens[context_start(len(row.tokens), length) :]) for row in rows)
+        which = [number.setdefault(window, len(number)) for window in windows]
+        ids, pad_mask = padded(list(number), left=True, device=self.device)  # (W, T)
+        batch, width = ids.shape
+        cache, ragged = self.model.new_cache(batch, width), bool(pad_mask.any())
+        known = 0
+        if self.prefix is not None and batch == 1:
+            known = self.prefix.shared(next(iter(number)), self.model)
+        if known:  # begin with the keys and values of the shared beginning, and read the rest
+            cache = self.prefix.cache.fork([0], capacity=max(width, self.prefix.cache.length))
+            cache.truncate(known)
+            ids, pad_mask = ids[:, known:], pad_mask[:, known:]
+        # The logits of a long prompt need not all be in memory at once: only those of the last token are wanted.
+        tokens_at_once = max(1, decode.LOGITS_AT_ONCE // (batch * self.model.vocab_size))
+        for part, pads in zip(ids.split(tokens_at_once, dim=1), pad_mask.split(tokens_at_once, dim=1), strict=True):
+            logits = self.model(part, cache=cache, pad_mask=pads if ragged else None).logits[:, -1]
+        return cache, which, logits
