@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import safetensors.torch
 import torch
 import transformers

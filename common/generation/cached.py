@@ -22,9 +22,10 @@ class Weights:
     """The state of a model's weights at one moment, to notice later that they have changed. No numbers are copied.
 
     Seen: everything that autograd counts as writing to a parameter or buffer (an optimizer's step, `copy_`,
-    `load_state_dict`, arithmetic in place under `no_grad`), a parameter that was exchanged for another one, added or removed,
-    and a move to another device or number format. Not seen: writing through `.data` or `.numpy()`, weights that a module
-    keeps outside its parameters and buffers, and changes of other attributes, such as a switched-off adapter.
+    `load_state_dict`, arithmetic in place under `no_grad`), and a move to another device or number format. `are_those_of`
+    also sees a parameter that was exchanged for another one, added or removed. Not seen: writing through `.data` or
+    `.numpy()`, weights that a module keeps outside its parameters and buffers, and changes of other attributes, such as an
+    adapter that is switched off.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -67,7 +68,7 @@ class PrefixCache:
         self.tokens, self.cache, self.weights = tokens, cache, weights
 
     def shared(self, window: Sequence[int], model: LanguageModel) -> int:
-        """How many first tokens of `window` need not be read again. The last one always is, because its logits are wanted."""
+        """How many first tokens of `window` need not be read again. The last one must be, because its logits are wanted."""
         if self.cache is None:
             return 0
         if not self.weights.are_those_of(model):  # gallery: baselines/stale-prefix
@@ -132,16 +133,16 @@ class Cached:
         """
         places = self._places(going)
         if moved or self.cache.length == self.cache.capacity:
-            # A full cache does not mean that one of these rows is full: its places may have gone to padding, or to a row that
-            # has left. Gathering drops the places on the left that none of these rows needs.
+            # A full cache does not mean that one of these rows is full: its places may have gone to padding, or to a row
+            # that has left. Gathering drops the places on the left that none of these rows needs.
             self.cache = Cache.gather([(self.cache, places)], capacity=self._capacity(going))
             self.held = {row: self.held[row] for row in going}
         elif COMPACT * (len(self.held) - len(going)) >= len(self.held):
-            # To copy the cache for each row that ends would cost more than it saves; a quarter of the rows pays for the copy.
+            # Copying the cache for each row that ends would cost more than it saves; a quarter of the rows pays for it.
             self.cache = self.cache.fork(places)
             self.held = {row: self.held[row] for row in going}
-        # Ended rows that are still in the cache are shown their last token again, and the logits are dropped. Their positions
-        # stay below `context_length`, because the cache never has more places than that.
+        # Ended rows that are still in the cache are shown their last token again, and the logits are dropped. Their
+        # positions stay below `context_length`, because the cache never has more places than that.
         newest = torch.tensor([[row.tokens[-1]] for row in self.held], device=self.device)  # (B, 1)
         logits = self.model(newest, cache=self.cache).logits[:, -1]
         places = self._places(going)
@@ -177,7 +178,11 @@ class Cached:
         )
 
     def _read(self, rows: list[GrowingRow]) -> tuple[Cache, list[int], Float[Tensor, "W V"]]:
-        """Read every distinct window of these rows once: (cache, for each row the number of its window, logits after each)."""
+        """Read every distinct window of these rows once.
+
+        Returns:
+            (cache, which, logits): a cache with W windows, the number of each row's window in it, the logits after each window.
+        """
         length = self.model.context_length
         number: dict[tuple[int, ...], int] = {}  # of each distinct window
         windows = (tuple(row.tokens[context_start(len(row.tokens), length) :]) for row in rows)

@@ -203,8 +203,9 @@ def context_start(length: int, context_length: int) -> int:
     """The first token that an unbounded model is shown of a row of `length` tokens.
 
     A row is shown whole while it fits into the context. Beyond that the start moves by half a context at a time, to the
-    smallest multiple of context_length // 2 from which the rest fits. If it moved by one token at each step, every token would
-    get a new position each time and nothing in a cache could be kept; this way a row is read again once in half a context.
+    smallest multiple of context_length // 2 from which the rest fits. If it moved by one token at each step, every token
+    would get a new position each time and nothing in a cache could be kept; this way a row is read again once in half a
+    context.
     The start depends on the row's own length alone, so that a row reads the same whatever its neighbours are.
 
     >>> [context_start(length, 8) for length in (1, 8, 9, 12, 13, 16, 17)]

@@ -191,7 +191,9 @@ class Engine:
         *,
         temperature: float = 1.0,
     ) -> list[TokenScores]:
-        """Log-probability of each token of `continuations[i]` after `prompts[i]`: natural log, over the tokenizer's vocabulary.
+        """Log-probability of each token of `continuations[i]` after `prompts[i]`.
+
+        It is the natural logarithm, over the tokenizer's vocabulary.
 
         At temperature 1 these are the numbers that `generate` returns as `Completion.logprobs` for the same tokens.
 
@@ -199,8 +201,8 @@ class Engine:
             continuations: ids; an empty one has no scores.
             temperature: divides the logits. With it the scores are those of sampling at that temperature without filters.
         Raises:
-            ValueError: a prompt is empty (the first token of nothing has no probability), the temperature is not positive, or
-                a row does not fit into the context of a model that is not bounded.
+            ValueError: a prompt is empty (the first token of nothing has no probability), the temperature is not positive,
+                or a row does not fit into the context of a model that is not bounded.
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: need as many of each")

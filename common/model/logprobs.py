@@ -13,9 +13,9 @@ def token_logprobs(
     Args:
         logits: (..., V), one row of scores for each id.
         ids: (...), the tokens whose probabilities are asked for.
-        vocab_size: how many tokens the tokenizer has. A head is often padded to a round number of rows (Qwen3: 151,936 rows
-            for 151,669 tokens). The rows beyond `vocab_size` are no tokens and can never be drawn, so they are cut off before
-            the softmax: otherwise they would take probability from the real tokens.
+        vocab_size: how many tokens the tokenizer has. A head is often padded to a round number of rows (Qwen3: 151,936
+            rows for 151,669 tokens). The rows beyond `vocab_size` are no tokens and can never be drawn, so they are cut off
+            before the softmax: otherwise they would take probability from the real tokens.
         temperature: divides the logits; 1 is the model as it was trained.
     Raises:
         ValueError: the temperature is not positive (greedy decoding has no log-probabilities), or an id is not a token.
