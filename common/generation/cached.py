@@ -131,22 +131,20 @@ class Cached:
         Args:
             moved: some row that still runs is in the cache with a window that it has outgrown, and must leave it.
         """
-        places = self._places(going)
         if moved or self.cache.length == self.cache.capacity:
             # A full cache does not mean that one of these rows is full: its places may have gone to padding, or to a row
             # that has left. Gathering drops the places on the left that none of these rows needs.
-            self.cache = Cache.gather([(self.cache, places)], capacity=self._capacity(going))
+            self.cache = Cache.gather([(self.cache, self._places(going))], capacity=self._capacity(going))
             self.held = {row: self.held[row] for row in going}
         elif COMPACT * (len(self.held) - len(going)) >= len(self.held):
             # Copying the cache for each row that ends would cost more than it saves; a quarter of the rows pays for it.
-            self.cache = self.cache.fork(places)
+            self.cache = self.cache.fork(self._places(going))
             self.held = {row: self.held[row] for row in going}
         # Ended rows that are still in the cache are shown their last token again, and the logits are dropped. Their
         # positions stay below `context_length`, because the cache never has more places than that.
         newest = torch.tensor([[row.tokens[-1]] for row in self.held], device=self.device)  # (B, 1)
         logits = self.model(newest, cache=self.cache).logits[:, -1]
-        places = self._places(going)
-        return logits if places == list(range(len(self.held))) else logits[places]
+        return logits if list(self.held) == going else logits[self._places(going)]
 
     def _join(self, rows: list[GrowingRow], going: list[GrowingRow]) -> Float[Tensor, "B V"]:
         """Logits after rows of which only those in `going` can go on from the cache. The others are read, and join it."""
@@ -181,7 +179,7 @@ class Cached:
         """Read every distinct window of these rows once.
 
         Returns:
-            (cache, which, logits): a cache with W windows, the number of each row's window in it, the logits after each window.
+            (cache, which, logits): a cache with W windows, the number of each row's window in it, the logits after each.
         """
         length = self.model.context_length
         number: dict[tuple[int, ...], int] = {}  # of each distinct window

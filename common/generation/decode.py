@@ -102,6 +102,7 @@ class Decoder:
         self.model, self.tokenizer, self.ends = model, tokenizer, frozenset(ends)
         self.next_logits = next_logits or (lambda rows: recompute(model, rows))
         self.rows: list[GrowingRow] = []
+        self.modules = modules_of(model)  # listed once: to walk through a model costs as much as a step of a small one
 
     def add(self, rows: Iterable[GrowingRow]) -> None:
         """Let rows join. They are read at the next step, together with what the running rows need.
@@ -121,7 +122,7 @@ class Decoder:
         """Append one token to every running row. Returns the rows that ended with it, which leave; [] if none runs."""
         if not self.rows:
             return []
-        with evaluation_mode(self.model), torch.inference_mode():
+        with evaluation_mode(self.modules), torch.inference_mode():
             # The rows of a padded head beyond the vocabulary are no tokens: they must be neither drawn nor counted.
             logits = self.next_logits(self.rows)[:, : self.tokenizer.vocab_size]  # (B, V)
             tokens, sampled_logprobs = self._draw(logits)
@@ -172,17 +173,18 @@ class Decoder:
 
     def _reason_to_end(self, row: GrowingRow, token: int, given: bool) -> str | None:
         """Why the row ends with this token, or None. Stop texts are looked for behind the prompt only."""
-        before = len(row.raw)
         if token in self.ends and not given:
             return "end_of_text"
+        before = len(row.raw)
         row.raw += self.tokenizer.token_bytes(token)
-        # A stop text may begin in older bytes but must end in the new ones: older ones were searched before. It counts only
-        # if a drawn token completes it; a tool's output, for instance, may contain whatever it likes.
-        found = [] if given else [row.raw.find(stop, max(0, before - len(stop) + 1)) for stop in row.stops]
-        places = [place for place in found if place >= 0]
-        if places:
-            row.raw = row.raw[: min(places)]  # the earliest, whatever the order in which the stop texts were given
-            return "stop"
+        # A stop text counts only if a drawn token completes it: a tool's output may contain whatever it likes.
+        if row.stops and not given:
+            # It may begin in older bytes but must end in the new ones, because the older ones were searched before.
+            found = [row.raw.find(stop, max(0, before - len(stop) + 1)) for stop in row.stops]
+            places = [place for place in found if place >= 0]
+            if places:
+                row.raw = row.raw[: min(places)]  # the earliest, whatever the order in which the stop texts were given
+                return "stop"
         return "length" if row.generated >= row.params.max_tokens else None
 
 
@@ -211,8 +213,10 @@ def context_start(length: int, context_length: int) -> int:
     >>> [context_start(length, 8) for length in (1, 8, 9, 12, 13, 16, 17)]
     [0, 0, 4, 4, 8, 8, 12]
     """
+    if length <= context_length:
+        return 0
     stride = max(1, context_length // 2)
-    return max(0, -(-(length - context_length) // stride)) * stride
+    return -(-(length - context_length) // stride) * stride
 
 
 def padded(
@@ -234,16 +238,21 @@ def device_of(model: LanguageModel) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
+def modules_of(model: LanguageModel) -> list[nn.Module]:
+    """Every module of a model, itself included; none if it is not made of modules."""
+    return list(model.modules()) if isinstance(model, nn.Module) else []
+
+
 @contextlib.contextmanager
-def evaluation_mode(model: LanguageModel) -> Iterator[None]:
-    """Put every module of a model into evaluation mode, and back into its own mode afterwards, also after an exception.
+def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put these modules into evaluation mode, and each back into its own mode afterwards, also after an exception.
 
     A training leaves its model in training mode, where dropout would draw from a generator that no sample's seed knows.
     Modules that were in evaluation mode before (a frozen part, say) stay in it.
     """
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
-    if training:
-        model.eval()
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

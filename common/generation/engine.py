@@ -14,7 +14,7 @@ import torch
 
 from common.generation import decode
 from common.generation.cached import Cached, PrefixCache
-from common.generation.decode import Decoder, GrowingRow, device_of, evaluation_mode, padded
+from common.generation.decode import Decoder, GrowingRow, device_of, evaluation_mode, modules_of, padded
 from common.generation.protocol import Completion, Prompt, TokenScores
 from common.generation.sampling import SamplingParams
 from common.model.logprobs import token_logprobs
@@ -218,7 +218,7 @@ class Engine:
                     "(common.evaluation.text.score_documents)"
                 )
         scores = [TokenScores([])] * len(rows)
-        with evaluation_mode(self.model), torch.inference_mode():
+        with evaluation_mode(modules_of(self.model)), torch.inference_mode():
             for batch in self._batches([len(row) if len(continuations[i]) else 0 for i, row in enumerate(rows)]):
                 # Padding on the right: a position depends on earlier tokens alone, so nothing real sees it.
                 ids, pad_mask = padded([rows[i] for i in batch], left=False, device=device_of(self.model))
