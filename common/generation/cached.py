@@ -4,6 +4,7 @@ The rows of a batch share one cache, flush right, with padding on the left of sh
 read anew when they outgrow the context, without the other rows being read again.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +23,8 @@ class Weights:
     """The state of a model's weights at one moment, to notice later that they have changed. No numbers are copied.
 
     Seen: everything that autograd counts as writing to a parameter or buffer (an optimizer's step, `copy_`,
-    `load_state_dict`, arithmetic in place under `no_grad`), and a move to another device or number format. `are_those_of`
-    also sees a parameter that was exchanged for another one, added or removed. Not seen: writing through `.data` or
+    `load_state_dict`, arithmetic in place under `no_grad`). `are_those_of` also sees a parameter that was exchanged for another
+    one, added or removed, and a move to another device or number format. Not seen: writing through `.data` or
     `.numpy()`, weights that a module keeps outside its parameters and buffers, and changes of other attributes, such as an
     adapter that is switched off.
     """
@@ -31,21 +32,20 @@ class Weights:
     def __init__(self, model: LanguageModel) -> None:
         # The tensors are held, not only their addresses: a freed address could be given to the next tensor.
         self.tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-        self.marks = self._read()
-
-    def _read(self) -> list[tuple[int, object]]:
-        # A tensor that was made in inference mode counts no versions. Such weights count as changed every time.
-        return [(t.data_ptr(), object() if t.is_inference() else t._version) for t in self.tensors]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        # A tensor that was made in inference mode counts no versions, so nobody can tell whether it has changed.
+        self.countable = not any(tensor.is_inference() for tensor in self.tensors)
+        self.versions = [tensor._version for tensor in self.tensors] if self.countable else []
 
     def written(self) -> bool:
-        """Whether one of the tensors was written to since. Quick enough to ask at every step."""
-        return self._read() != self.marks
+        """Whether one of the tensors was written to since, as far as that is counted. Quick: asked at every step."""
+        return self.countable and [tensor._version for tensor in self.tensors] != self.versions
 
     def are_those_of(self, model: LanguageModel) -> bool:
-        """Whether the model still has these very tensors, with the same numbers in them."""
+        """Whether the model still has these very tensors with the same numbers in them. False if it cannot be told."""
         now = Weights(model)
-        same = len(now.tensors) == len(self.tensors) and all(map(lambda a, b: a is b, now.tensors, self.tensors))
-        return same and now.marks == self.marks
+        same = len(now.tensors) == len(self.tensors) and all(map(operator.is_, now.tensors, self.tensors))
+        return same and self.countable and now.addresses == self.addresses and now.versions == self.versions
 
 
 class PrefixCache:

@@ -125,51 +125,47 @@ class Decoder:
         with evaluation_mode(self.modules), torch.inference_mode():
             # The rows of a padded head beyond the vocabulary are no tokens: they must be neither drawn nor counted.
             logits = self.next_logits(self.rows)[:, : self.tokenizer.vocab_size]  # (B, V)
-            tokens, sampled_logprobs = self._draw(logits)
-            # Given tokens take the place of drawn ones. The draw is made anyway: a number belongs to a position, so the
-            # tokens after a forced one are drawn with the same numbers as if it had been drawn.
-            forced = [bool(row.forced) for row in self.rows]
-            if any(forced):
-                for i, row in enumerate(self.rows):
-                    if forced[i]:
-                        tokens[i] = row.forced.popleft()
-                        sampled_logprobs[i] = 0.0
-            self._keep_logprobs(logits, tokens, sampled_logprobs)
-        for row, token, given in zip(self.rows, tokens.tolist(), forced, strict=True):
-            row.tokens.append(token)
-            row.was_forced.append(given)
-            row.reason = self._reason_to_end(row, token, given)
+            numbers = [row.uniforms[len(row.was_forced)] for row in self.rows]  # of the position that comes now
+            uniforms = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+            params = self.rows[0].params
+            if all(row.params is params for row in self.rows):  # the usual case needs no copies
+                self._append(self.rows, logits, uniforms)
+            else:
+                for members in self._alike():
+                    part = torch.tensor(members, device=logits.device)
+                    self._append([self.rows[i] for i in members], logits[part], uniforms[part])
         ended = [row for row in self.rows if row.reason is not None]
         if ended:
             self.rows = [row for row in self.rows if row.reason is None]
         return ended
 
-    def _draw(self, logits: Float[Tensor, "B V"]) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
-        """(ids, log-probabilities of the draw): each row by its own params and its own number."""
-        numbers = [row.uniforms[row.generated] for row in self.rows]
-        uniforms = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
-        alike: dict[tuple, list[int]] = {}  # rows that are drawn from the same kind of distribution
+    def _alike(self) -> list[list[int]]:
+        """The numbers of the running rows, in groups whose tokens can be drawn together."""
+        groups: dict[tuple, list[int]] = {}
         for i, row in enumerate(self.rows):
-            alike.setdefault(row.params.distribution, []).append(i)
-        if len(alike) == 1:  # the usual case needs no copies
-            return sample(logits, self.rows[0].params, uniforms)
-        tokens = torch.empty(len(self.rows), dtype=torch.int64, device=logits.device)
-        logprobs = torch.empty(len(self.rows), dtype=torch.float64, device=logits.device)
-        for members in alike.values():
-            some = torch.tensor(members, device=logits.device)
-            tokens[some], logprobs[some] = sample(logits[some], self.rows[members[0]].params, uniforms[some])
-        return tokens, logprobs
+            groups.setdefault((row.params.distribution, row.params.logprobs), []).append(i)
+        return list(groups.values())
 
-    def _keep_logprobs(self, logits: Tensor, tokens: Tensor, sampled_logprobs: Tensor) -> None:
-        """Note both log-probabilities of the new token for the rows that ask for them."""
-        asking = [i for i, row in enumerate(self.rows) if row.params.logprobs]
-        if not asking:
-            return
-        some = torch.tensor(asking, device=logits.device)
-        chosen = token_logprobs(logits[some], tokens[some], vocab_size=self.tokenizer.vocab_size).tolist()
-        for i, logprob, sampled in zip(asking, chosen, sampled_logprobs[some].tolist(), strict=True):
-            self.rows[i].logprobs.append(logprob)
-            self.rows[i].sampled_logprobs.append(sampled)
+    def _append(self, rows: list[GrowingRow], logits: Float[Tensor, "B V"], uniforms: Float[Tensor, "B"]) -> None:
+        """One more token for each of these rows, which all draw in the same way."""
+        params = rows[0].params
+        ids, drawn_logprobs = sample(logits, params, uniforms)
+        tokens, forced = ids.tolist(), [bool(row.forced) for row in rows]
+        # A given token takes the place of the drawn one. The draw is made anyway, because a number belongs to a position: what
+        # follows a forced token is drawn with the same numbers as if that token had been drawn.
+        if any(forced):
+            tokens = [row.forced.popleft() if row.forced else token for row, token in zip(rows, tokens, strict=True)]
+        if params.logprobs:
+            ids = torch.tensor(tokens, device=logits.device)
+            model_logprobs = token_logprobs(logits, ids, vocab_size=self.tokenizer.vocab_size)
+            lists = zip(rows, model_logprobs.tolist(), drawn_logprobs.tolist(), forced, strict=True)
+            for row, logprob, drawn, given in lists:
+                row.logprobs.append(logprob)
+                row.sampled_logprobs.append(0.0 if given else drawn)
+        for row, token, given in zip(rows, tokens, forced, strict=True):
+            row.tokens.append(token)
+            row.was_forced.append(given)
+            row.reason = self._reason_to_end(row, token, given)
 
     def _reason_to_end(self, row: GrowingRow, token: int, given: bool) -> str | None:
         """Why the row ends with this token, or None. Stop texts are looked for behind the prompt only."""
@@ -185,7 +181,7 @@ class Decoder:
             if places:
                 row.raw = row.raw[: min(places)]  # the earliest, whatever the order in which the stop texts were given
                 return "stop"
-        return "length" if row.generated >= row.params.max_tokens else None
+        return "length" if len(row.was_forced) >= row.params.max_tokens else None
 
 
 def recompute(model: LanguageModel, rows: Iterable[GrowingRow]) -> Float[Tensor, "B V"]:

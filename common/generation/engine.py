@@ -210,6 +210,12 @@ class Engine:
             raise ValueError(f"temperature {temperature}: scores need a temperature above 0; 1 is the model itself")
         starts = self._ids_of(prompts)
         rows = [[*prompt, *continuation] for prompt, continuation in zip(starts, continuations, strict=True)]
+        for i, continuation in enumerate(continuations):
+            if len(continuation) and not 0 <= min(continuation) <= max(continuation) < self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"continuation {i} has ids from {min(continuation)} to {max(continuation)}, outside the "
+                    f"{self.tokenizer.vocab_size} tokens of the tokenizer: they have no probability"
+                )
         for i, row in enumerate(rows):  # the last token is scored, not shown
             if not is_bounded(self.model) and len(row) - 1 > self.model.context_length:
                 raise ValueError(

@@ -84,25 +84,25 @@ def probabilities(logits: Float[Tensor, "B V"], params: SamplingParams) -> Float
 
 def sample(
     logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[Tensor, "B"]
-) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"] | None]:
     """Draw one token for each row.
 
     The token is the first whose cumulative probability exceeds the row's number in [0, 1).
 
     Returns:
-        (ids, logprobs): the tokens, and the natural logarithm of the probability with which each was drawn, after
-        temperature and filters. A greedy token is certain: 0.
+        (ids, logprobs): the tokens; and if `params.logprobs`, else None, the natural logarithm of the probability with which
+        each was drawn, after temperature and filters. A greedy token is certain: 0.
     """
     if params.temperature == 0:
         ids = logits.argmax(dim=1)
-        return ids, torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+        return ids, torch.zeros(len(ids), dtype=torch.float64) if params.logprobs else None
     p = probabilities(logits, params)
     cumulative = p.cumsum(dim=1)
     total = cumulative[:, -1:]
     # A number that rounded up to 1 must not fall off the end, onto a token of probability zero.
     target = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     ids = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
-    return ids.squeeze(1), p.gather(1, ids).squeeze(1).log()
+    return ids.squeeze(1), p.gather(1, ids).squeeze(1).log() if params.logprobs else None
 
 
 def uniform_numbers(seed: int, index: int, sample_index: int, count: int) -> np.ndarray:

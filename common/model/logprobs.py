@@ -18,14 +18,10 @@ def token_logprobs(
             before the softmax: otherwise they would take probability from the real tokens.
         temperature: divides the logits; 1 is the model as it was trained.
     Raises:
-        ValueError: the temperature is not positive (greedy decoding has no log-probabilities), or an id is not a token.
+        ValueError: the temperature is not positive (greedy decoding has no log-probabilities).
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: a log-probability needs a temperature above 0")
-    if ids.numel() and not ids.is_cuda and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise ValueError(
-            f"ids run from {int(ids.min())} to {int(ids.max())}, outside the {vocab_size} tokens of the tokenizer"
-        )
     scores = logits[..., :vocab_size].double()
     if temperature != 1:
         scores = scores / temperature
