@@ -23,8 +23,8 @@ class Weights:
     """The state of a model's weights at one moment, to notice later that they have changed. No numbers are copied.
 
     Seen: everything that autograd counts as writing to a parameter or buffer (an optimizer's step, `copy_`,
-    `load_state_dict`, arithmetic in place under `no_grad`). `are_those_of` also sees a parameter that was exchanged for another
-    one, added or removed, and a move to another device or number format. Not seen: writing through `.data` or
+    `load_state_dict`, arithmetic in place under `no_grad`). `are_those_of` also sees a parameter that was exchanged for
+    another one, added or removed, and a move to another device or number format. Not seen: writing through `.data` or
     `.numpy()`, weights that a module keeps outside its parameters and buffers, and changes of other attributes, such as an
     adapter that is switched off.
     """

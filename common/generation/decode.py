@@ -151,8 +151,8 @@ class Decoder:
         params = rows[0].params
         ids, drawn_logprobs = sample(logits, params, uniforms)
         tokens, forced = ids.tolist(), [bool(row.forced) for row in rows]
-        # A given token takes the place of the drawn one. The draw is made anyway, because a number belongs to a position: what
-        # follows a forced token is drawn with the same numbers as if that token had been drawn.
+        # A given token takes the place of the drawn one. The draw is made anyway, because a number belongs to a position:
+        # what follows a forced token is drawn with the same numbers as if that token had been drawn.
         if any(forced):
             tokens = [row.forced.popleft() if row.forced else token for row, token in zip(rows, tokens, strict=True)]
         if params.logprobs:
