@@ -986,8 +986,8 @@ FAILURES = [
         id="baselines/stale-prefix",
         title="Keys and values of weights that are gone",
         story="An engine keeps the keys and values of a prompt for the next request that begins alike, and the weights "
-        "change in between. The answer then belongs to neither policy. In one thread cached prefixes were up to 17 updates old; in "
-        "others the drift between generated and recomputed log-probabilities gave it away.",
+        "change in between. The answer then belongs to neither policy. In one thread cached prefixes were up to 17 updates "
+        "old; in others the drift between generated and recomputed log-probabilities gave it away.",
         source="vllm-project/vllm#9744, NVIDIA-NeMo/RL#4018, PrimeIntellect-ai/prime-rl#1650",
         symptom="nothing is wrong at first; the gap between generated and recomputed log-probabilities grows with each "
         "update, and a restart of the engine closes it",

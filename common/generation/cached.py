@@ -20,32 +20,48 @@ COMPACT = 4  # ended rows are taken out of the cache when they are at least one 
 
 
 class Weights:
-    """The state of a model's weights at one moment, to notice later that they have changed. No numbers are copied.
+    """The state of a model's weights at one moment, to notice later that they have changed.
 
-    Seen: everything that autograd counts as writing to a parameter or buffer (an optimizer's step, `copy_`,
-    `load_state_dict`, arithmetic in place under `no_grad`). `are_those_of` also sees a parameter that was exchanged for
-    another one, added or removed, and a move to another device or number format. Not seen: writing through `.data` or
-    `.numpy()`, weights that a module keeps outside its parameters and buffers, and changes of other attributes, such as an
-    adapter that is switched off.
+    Three things are compared. Autograd counts every write to a tensor that it knows of: an optimizer's step, `copy_`,
+    `load_state_dict`, arithmetic in place under `no_grad`. The tensors themselves are compared, so that a parameter that was
+    exchanged, added, removed or moved is seen. And because some writes are not counted (torch's fused optimizers, `.data`,
+    `.numpy()`), a few numbers of each tensor are compared as well: an update of all weights cannot hide from them, a change
+    of a single number can. Not seen either: weights that a module keeps outside its parameters and buffers, and changes of
+    other attributes, such as an adapter that is switched off.
+
+    Args:
+        numbers: also note numbers of each tensor, which `are_those_of` needs; it takes some microseconds a tensor.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, *, numbers: bool = True) -> None:
         # The tensors are held, not only their addresses: a freed address could be given to the next tensor.
         self.tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         # A tensor that was made in inference mode counts no versions, so nobody can tell whether it has changed.
         self.countable = not any(tensor.is_inference() for tensor in self.tensors)
         self.versions = [tensor._version for tensor in self.tensors] if self.countable else []
+        self.numbers = [_some_of(tensor) for tensor in self.tensors] if numbers else []
 
     def written(self) -> bool:
-        """Whether one of the tensors was written to since, as far as that is counted. Quick: asked at every step."""
+        """Whether a counted write has happened since. Quick enough for every step."""
         return self.countable and [tensor._version for tensor in self.tensors] != self.versions
 
     def are_those_of(self, model: LanguageModel) -> bool:
-        """Whether the model still has these very tensors with the same numbers in them. False if it cannot be told."""
+        """Whether the model still has these tensors with the same numbers in them. False if it cannot be told."""
         now = Weights(model)
-        same = len(now.tensors) == len(self.tensors) and all(map(operator.is_, now.tensors, self.tensors))
-        return same and self.countable and now.addresses == self.addresses and now.versions == self.versions
+        return (
+            self.countable
+            and len(now.tensors) == len(self.tensors)
+            and all(map(operator.is_, now.tensors, self.tensors))
+            and now.addresses == self.addresses
+            and now.versions == self.versions
+            and all(map(torch.equal, now.numbers, self.numbers))
+        )
+
+
+def _some_of(tensor: Tensor) -> Tensor:
+    """About sixteen of its numbers, evenly spread, in memory of their own."""
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].cpu().clone()
 
 
 class PrefixCache:
@@ -98,7 +114,7 @@ class Cached:
         self.cache: Cache | None = None
         # The rows in the cache in its order, some of which may have ended, and which of their tokens it holds: [start, end).
         self.held: dict[GrowingRow, tuple[int, int]] = {}
-        self.weights = Weights(self.model)
+        self.weights = Weights(self.model, numbers=self.prefix is not None)
 
     def __call__(self, rows: list[GrowingRow]) -> Float[Tensor, "B V"]:
         """Logits of the token after each row."""

@@ -44,7 +44,7 @@ class Engine:
         ends: ids that end a text; by default the end of a document. A chat model also ends its turns.
         remember: `stream` begins from what it read and wrote the last time, as far as the next prompt is the same: for
             conversations. Costs the memory of one cache. What is remembered is dropped when the weights have changed; see
-            cached.Weights for the changes that are seen, and call `weights_changed` after any other.
+            cached.Weights for what is seen, and call `weights_changed` after a change that is not.
     Raises:
         ValueError: the tokenizer makes ids that the model has no row for.
     """
