@@ -124,7 +124,7 @@ class Cached:
         spans = {row: (context_start(len(row.tokens), length), len(row.tokens)) for row in rows}
         going = [row for row, (start, end) in spans.items() if self.held.get(row) == (start, end - 1)]
         if len(going) == len(rows):
-            logits = self._advance(going, moved=False)
+            logits = self._advance(going)
         elif going:
             logits = self._join(rows, going)
         else:
@@ -141,22 +141,18 @@ class Cached:
                 self.prefix.clear()
         return logits
 
-    def _advance(self, going: list[GrowingRow], *, moved: bool) -> Float[Tensor, "B V"]:
-        """Logits after these rows of the cache, (len(going), V): each is shown its newest token.
-
-        Args:
-            moved: some row that still runs is in the cache with a window that it has outgrown, and must leave it.
-        """
-        if moved or self.cache.length == self.cache.capacity:
-            # A full cache does not mean that one of these rows is full: its places may have gone to padding, or to a row
-            # that has left. Gathering drops the places on the left that none of these rows needs.
+    def _advance(self, going: list[GrowingRow]) -> Float[Tensor, "B V"]:
+        """Logits after these rows of the cache, (len(going), V): each is shown its newest token."""
+        if self.cache.length == self.cache.capacity:
+            # None of these rows is full: the places went to padding, to a row that has ended, or to one that has outgrown
+            # the context and is read anew. Gathering drops the places on the left that none of these rows needs.
             self.cache = Cache.gather([(self.cache, self._places(going))], capacity=self._capacity(going))
             self.held = {row: self.held[row] for row in going}
         elif COMPACT * (len(self.held) - len(going)) >= len(self.held):
             # Copying the cache for each row that ends would cost more than it saves; a quarter of the rows pays for it.
             self.cache = self.cache.fork(self._places(going))
             self.held = {row: self.held[row] for row in going}
-        # Ended rows that are still in the cache are shown their last token again, and the logits are dropped. Their
+        # Rows that are still in the cache but have ended are shown their last token again, and the logits are dropped. Their
         # positions stay below `context_length`, because the cache never has more places than that.
         newest = torch.tensor([[row.tokens[-1]] for row in self.held], device=self.device)  # (B, 1)
         logits = self.model(newest, cache=self.cache).logits[:, -1]
@@ -166,7 +162,7 @@ class Cached:
         """Logits after rows of which only those in `going` can go on from the cache. The others are read, and join it."""
         known = set(going)
         joining = [row for row in rows if row not in known]
-        here = self._advance(going, moved=any(row in self.held for row in joining))
+        here = self._advance(going)
         cache, which, there = self._read(joining)
         together = [*going, *joining]
         self.cache = Cache.gather(
