@@ -240,7 +240,7 @@ def sampling_with(draw: Callable[[int, int, int], float]) -> Specimen:
                 [(row + new)[-MODEL.context_length :] for row, new in zip(rows, written, strict=True)]
             )
             for new, token in zip(
-                written, sample(MODEL(context).logits[:, -1], SamplingParams(), uniforms), strict=True
+                written, sample(MODEL(context).logits[:, -1], SamplingParams(), uniforms)[0], strict=True
             ):
                 new.append(int(token))
         return [TOKENIZER.decode(new) for new in written]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -23,11 +22,14 @@ from torch import Tensor, nn
 
 from common.diagnostics.core import Failure, Specimen, replaced
 from common.diagnostics.handles import handles_of
-from common.generation.decode import Row, recompute
+from common.generation import cached, decode, engine
+from common.generation.decode import GrowingRow, recompute
+from common.generation.engine import Engine
 from common.generation.prepacked import prepacked
 from common.generation.sampling import SamplingParams, probabilities
 from common.model import transformer
 from common.model.config import ModelConfig
+from common.model.logprobs import token_logprobs
 from common.model.surgery import replace_linears
 from common.model.transformer import Transformer
 from common.pretrained import configs, export, load, names
@@ -37,6 +39,7 @@ from common.tokenization import interop
 from common.tokenization.bpe import BPETokenizer
 from common.tokenization.byte import ByteTokenizer
 from common.tokenization.chat import encode_chat
+from common.tokenization.protocol import END_OF_TEXT
 from common.training.checkpoint import (
     load_checkpoint,
     load_tensors,
@@ -171,7 +174,7 @@ def next_probabilities(model: nn.Module, allowed: Tensor | None = None) -> Calla
     """What the engine draws from at temperature 1. `allowed` (V,) is True for the ids that are tokens."""
 
     def draw(ids: Tensor) -> Tensor:
-        rows = [Row(place, row, len(row), np.zeros(0)) for place, row in enumerate(ids.tolist())]
+        rows = [GrowingRow(row, SamplingParams()) for row in ids.tolist()]
         logits = recompute(model, rows)
         logits = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
         return probabilities(logits, SamplingParams())
@@ -470,6 +473,48 @@ def with_adapters() -> Specimen:
     return transformed(LowRank, prepacked)
 
 
+class Forty:
+    """40 tokens of one byte each, of which the last ends a document."""
+
+    vocab_size, specials, fingerprint = 40, {END_OF_TEXT: 39}, "forty"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id == 39 else bytes([48 + token_id])
+
+
+def an_engine() -> Specimen:
+    """An engine on a model that is still being trained: it has dropout, and 48 rows for the 40 tokens."""
+    config = ModelConfig(vocab_size=48, context_length=64, layers=2, width=32, heads=4, init="fan_in", dropout=0.2)
+    module = Transformer(config, seed=0).eval()
+    asked, made = Engine(module, Forty(), ends=()), handles_of(module)
+
+    def most_probable(prompt: list[int], count: int) -> list[int]:
+        ((one,),) = asked.generate([prompt], SamplingParams(temperature=0, max_tokens=count))
+        return one.ids
+
+    def generated_logprobs(prompts: list[list[int]], seed: int) -> list[tuple[list[int], list[float]]]:
+        completions = asked.generate(prompts, SamplingParams(max_tokens=12, seed=seed, logprobs=True))
+        return [(one.ids, one.logprobs) for (one,) in completions]
+
+    def remembering() -> Callable[[list[int], int], list[int]]:
+        keeping = Engine(module, Forty(), ends=(), remember=True)
+
+        def answer(prompt: list[int], count: int) -> list[int]:
+            text = "".join(keeping.stream(prompt, SamplingParams(temperature=0, max_tokens=count)))
+            return [byte - 48 for byte in text.encode()]
+
+        return answer
+
+    return {
+        **{name: made[name] for name in ("model", "module", "vocab_size", "padded", "open_cache")},
+        "makeable_ids": set(range(39)),
+        "greedy": most_probable,
+        "generated_logprobs": generated_logprobs,
+        "score_tokens": lambda prompts, continuations: [one.logprobs for one in asked.score(prompts, continuations)],
+        "remembering": remembering,
+    }
+
+
 # --- the bugs ---------------------------------------------------------------------------------------------------------
 
 
@@ -685,6 +730,25 @@ def no_bos() -> Specimen:
     """add_special_tokens=True adds what the tokenizer's file says, and this one says nothing."""
     theirs = their_words(opens=False)
     return {**words(), "prompt_ids": lambda text: theirs(text, add_special_tokens=True).input_ids}
+
+
+def scored_over_all_rows() -> Iterator[Specimen]:
+    """Generation cuts the rows that are no tokens, because they must not be drawn. Scoring draws nothing, and keeps them."""
+
+    def wrong(logits: Tensor, ids: Tensor, *, vocab_size: int, temperature: float = 1.0) -> Tensor:
+        return token_logprobs(logits, ids, vocab_size=logits.shape[-1], temperature=temperature)
+
+    return replaced(engine, "token_logprobs", wrong, an_engine)
+
+
+def mode_set_once() -> Iterator[Specimen]:
+    """The engine calls eval() when it is made, and never again."""
+    return replaced(decode, "evaluation_mode", lambda modules: contextlib.nullcontext(), an_engine)
+
+
+def stale_prefix() -> Iterator[Specimen]:
+    """What was remembered is taken to be of these weights, whatever has happened to them."""
+    return replaced(cached.Weights, "are_those_of", lambda self, model: True, an_engine)
 
 
 # --- the entries ------------------------------------------------------------------------------------------------------
@@ -1034,5 +1098,48 @@ FAILURES = [
         healthy=with_adapters,
         probe="adapter-survives-transformations",
         blind_spots=RUNS,
+    ),
+    Entry(
+        id="baselines/score-padded-rows",
+        title="Scores count rows that are no tokens",
+        story="Generation must cut the padded rows of the head, or it draws them; scoring works without, and so its softmax "
+        "runs over more rows than the one that was drawn from. Threads about another such pair (renormalised after top-p on "
+        "one side, over all tokens on the other) say what follows: the gap enters every ratio of new to old policy.",
+        source="vllm-project/vllm#42259, huggingface/trl#6789, NVIDIA-NeMo/RL#237",
+        symptom="every scored token a little less probable than when it was generated; ratios that begin below 1",
+        fix="One function for the log-probability of a token, over the tokenizer's vocabulary, used by both.",
+        broken=scored_over_all_rows,
+        healthy=an_engine,
+        probe="generate-equals-score",
+        blind_spots=("mode-independence", "no-stale-cache", *WORKS),
+    ),
+    Entry(
+        id="baselines/mode-set-once",
+        title="Samples are drawn with dropout on",
+        story="The engine calls eval() when it is made; the training calls train() before each update, and the next samples "
+        "come from a randomly thinned model. In one thread the same greedy decoding gives two different captions for this "
+        "reason; in another the guard is added to a trainer whose generator never switches modes itself.",
+        source="ruotianluo/self-critical.pytorch#6, unslothai/unsloth-zoo#832, huggingface/trl#3234",
+        symptom="greedy text that changes from call to call, and samples that are worse than the evaluation says",
+        fix="Set the mode in every call, and put it back afterwards: neither side may rely on the other.",
+        broken=mode_set_once,
+        healthy=an_engine,
+        probe="mode-independence",
+        blind_spots=("no-stale-cache", *WORKS),
+    ),
+    Entry(
+        id="baselines/stale-prefix",
+        title="Keys and values of weights that are gone",
+        story="An engine keeps the keys and values of a prompt for the next request that begins alike, and the weights "
+        "change in between. The answer then belongs to neither policy. In one thread cached prefixes were up to 17 updates "
+        "old; in others the drift between generated and recomputed log-probabilities gave it away.",
+        source="vllm-project/vllm#9744, NVIDIA-NeMo/RL#4018, PrimeIntellect-ai/prime-rl#1650",
+        symptom="nothing is wrong at first; the gap between generated and recomputed log-probabilities grows with each "
+        "update, and a restart of the engine closes it",
+        fix="Tie what is kept to a version of the weights, and drop it when they change.",
+        broken=stale_prefix,
+        healthy=an_engine,
+        probe="no-stale-cache",
+        blind_spots=("generate-equals-score", "mode-independence", *WORKS),
     ),
 ]

@@ -84,10 +84,10 @@ def next_turn(loaded):
     """Seconds to the first piece of a reply after a long conversation, with and without memory."""
 
     def turn(remember):
-        engine = chat_engine(loaded.model, loaded.tokenizer)
+        engine = chat_engine(loaded.model, loaded.tokenizer, loaded.chat_template)
         if not remember:
-            engine.memory = None
-        talk = Conversation(engine, loaded.chat_template)
+            engine.prefix = None
+        talk = Conversation(engine)
         talk.messages = [{"role": "user", "content": PASSAGE * 4}]
         params = SamplingParams(temperature=0, max_tokens=8)
         "".join(talk.reply("Why?", params))

@@ -136,7 +136,7 @@ def chat(
     if loaded.chat_template is None:
         announce(f"{model} has no chat template: it continues your text, and nobody has taught it to answer")
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    talk = Conversation(chat_engine(loaded.model, loaded.tokenizer), loaded.chat_template)
+    talk = Conversation(chat_engine(loaded.model, loaded.tokenizer, loaded.chat_template))
     talk.messages += [{"role": "system", "content": system}] if system else []
 
     def answer(text: str) -> None:

@@ -22,7 +22,6 @@ from common.evaluation.task import Strategy, Task, describe
 from common.foundation.code import code_hashes
 from common.foundation.files import append_json_line, read_json_lines, set_aside, sha256_json
 from common.foundation.statistics import Interval, mean_ci
-from common.training.checkpoint import model_fingerprint
 
 COSTS = ("prompt_tokens", "generated_tokens", "seconds")
 Trace = dict[str, Any]  # one line of a trace file; its keys are listed in `_trace`
@@ -135,8 +134,7 @@ def _evaluate(
 def evaluation_identity(task: Task, strategy: Strategy, engine: Any, split: str) -> dict[str, Any]:
     """What an evaluation is an evaluation of. Equal identities: the answers are interchangeable."""
     return {
-        "model": None if engine is None else model_fingerprint(engine.model),
-        "tokenizer": None if engine is None else engine.tokenizer.fingerprint,
+        **({"model": None, "tokenizer": None} if engine is None else engine.identity()),
         "task": describe(task),
         "strategy": describe(strategy),
         "split": split,

@@ -8,26 +8,28 @@ from common.generation.prepacked import prepacked
 from common.generation.sampling import SamplingParams
 from common.model.output import LanguageModel
 from common.model.transformer import Transformer
-from common.tokenization.chat import encode_chat
 from common.tokenization.protocol import TURN_ENDS, Tokenizer
 
 
-def chat_engine(model: LanguageModel, tokenizer: Tokenizer) -> Engine:
-    """An engine that ends a turn where chat models end theirs, and does not read a conversation twice."""
+def chat_engine(model: LanguageModel, tokenizer: Tokenizer, template: str | None = None) -> Engine:
+    """An engine for conversations: it ends a turn where chat models end theirs, and does not read a conversation twice.
+
+    Args:
+        template: source of the chat template; None for a model that only continues text.
+    """
     ends = [tokenizer.specials[name] for name in TURN_ENDS if name in tokenizer.specials]
-    return Engine(prepacked(model) if isinstance(model, Transformer) else model, tokenizer, ends=ends, remember=True)
+    fast = prepacked(model) if isinstance(model, Transformer) else model
+    return Engine(fast, tokenizer, template=template, ends=ends, remember=True)
 
 
 @dataclass
 class Conversation:
     """Messages so far, and who answers.
 
-    Attributes:
-        template: source of the chat template; None for a model that only continues text, which then sees the plain texts.
+    An engine without a chat template only continues text: it is shown the plain texts of the messages, one after the other.
     """
 
     engine: Engine
-    template: str | None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def prompt(self) -> list[int]:
@@ -36,10 +38,10 @@ class Conversation:
         Raises:
             ValueError: longer than the context of the model.
         """
-        if self.template is None:
+        if self.engine.template is None:
             ids = self.engine.encode("".join(message["content"] for message in self.messages))
         else:
-            ids = encode_chat(self.messages, self.template, self.engine.tokenizer).ids
+            ids = self.engine.encode(self.messages)
         if len(ids) >= self.engine.model.context_length:
             raise ValueError(
                 f"the conversation has {len(ids):,} tokens, the context of the model {self.engine.model.context_length:,}: "
@@ -48,7 +50,7 @@ class Conversation:
         return ids
 
     def reply(self, text: str, params: SamplingParams) -> Iterator[str]:
-        """Say `text`; the pieces of the answer as they come. Both are part of the conversation once it is complete.
+        """Say `text`, and yield the pieces of the answer as they come. Both join the conversation once it is complete.
 
         A reply that is broken off (the generator is closed, or Ctrl-C) keeps what was written so far.
         """

@@ -1,73 +1,52 @@
 """One engine for every model: generate, stream and score, batched.
 
-A step shows the model what its rows may see (decode.py: with a cache where the model has one), draws one token for each
-row, and lets the finished ones go. `generate` and `stream` share that loop. Left out on purpose: prompts that arrive while
-others are being answered, and drafts by a smaller model.
+The engine turns prompts into rows of ids, lets a `Decoder` grow them (decode.py), and turns what grew into completions.
+Scoring needs no loop: it is one forward pass. Left out on purpose: drafts by a smaller model.
 """
 
 import codecs
+import hashlib
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 
 from common.generation import decode
-from common.generation.decode import Cached, Row, device_of, padded, recompute
-from common.generation.sampling import SamplingParams, sample, uniform_numbers
+from common.generation.cached import Cached, PrefixCache
+from common.generation.decode import Decoder, GrowingRow, device_of, evaluation_mode, modules_of, padded
+from common.generation.protocol import Completion, Prompt, TokenScores
+from common.generation.sampling import SamplingParams
+from common.model.logprobs import token_logprobs
 from common.model.output import LanguageModel, is_bounded
+from common.tokenization.chat import encode_chat
 from common.tokenization.protocol import Tokenizer, document_end
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model wrote after a prompt.
-
-    Attributes:
-        ids: every token that was generated, with the end-of-text token or the stop text that ended it.
-        text: the text before that end.
-        logprobs: natural log-probability of each of `ids`, or None if not asked for.
-        finish_reason: "end_of_text", "stop" or "length".
-        prompt_tokens: length of the prompt.
-        seconds: this row's share of the wall time of its batch.
-    """
-
-    ids: list[int]
-    text: str
-    logprobs: list[float] | None
-    finish_reason: str
-    prompt_tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """Natural log-probabilities of the tokens of one continuation, given its prompt."""
-
-    logprobs: list[float]
-
-    @property
-    def sum(self) -> float:
-        return float(np.sum(self.logprobs))
+from common.training.checkpoint import model_fingerprint
 
 
 class Engine:
-    """Runs a model on prompts of token ids.
+    """Runs a model on prompts.
 
-    A model that is not bounded (see LanguageModel) is never shown more than `context_length` tokens; which ones, says
-    decode.context_start.
+    Wherever a prompt is taken, it may be a text, a conversation (a list of messages), or the ids that `encode` made of one.
+    A model that is not bounded (see LanguageModel) is never shown more than `context_length` tokens; decode.context_start
+    says which. For each call the model is put into evaluation mode, and afterwards back into the mode it was in.
 
     Args:
         model: see LanguageModel.
         tokenizer: the one that the model was trained with.
+        template: source of the chat template that renders conversations; None for a model that only continues text.
+        opening: ids that a text prompt begins with; by default the token that ends a document, because that is what stands
+            before a document in training. `()` for models that were trained without one, or to compare with libraries that
+            add none. A conversation begins as its template says.
         batch_size: rows in one forward pass.
         cached: False runs each step on everything again, as for a model without a cache: slow, and what the cache is
             tested against.
         ends: ids that end a text; by default the end of a document. A chat model also ends its turns.
         remember: `stream` begins from what it read and wrote the last time, as far as the next prompt is the same: for
-            conversations. Costs the memory of one cache.
+            conversations. Costs the memory of one cache. What is remembered is dropped when the weights have changed; see
+            cached.Weights for what is seen, and call `weights_changed` after a change that is not.
+    Raises:
+        ValueError: the tokenizer makes ids that the model has no row for.
     """
 
     def __init__(
@@ -75,6 +54,8 @@ class Engine:
         model: LanguageModel,
         tokenizer: Tokenizer,
         *,
+        template: str | None = None,
+        opening: Sequence[int] | None = None,
         batch_size: int = 256,
         cached: bool = True,
         ends: Collection[int] | None = None,
@@ -85,130 +66,156 @@ class Engine:
                 f"the model scores {model.vocab_size} tokens, the tokenizer makes {tokenizer.vocab_size}: "
                 "they do not belong together"
             )
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        if isinstance(model, torch.nn.Module):
-            model.eval()  # dropout would be drawn from a generator that belongs to nobody
+        self.model, self.tokenizer, self.template, self.batch_size = model, tokenizer, template, batch_size
         self.cached = cached and hasattr(model, "new_cache")
         self.end = document_end(tokenizer)
         self.ends = frozenset([self.end] if ends is None else ends)
-        self.memory = decode.Memory() if remember and self.cached else None
+        self.opening = [self.end] if opening is None else list(opening)
+        self.prefix = PrefixCache() if remember and self.cached else None
 
-    def encode(self, text: str) -> list[int]:
-        """The prompt of a text as a document begins: end-of-text, then the text."""
-        return [self.end, *self.tokenizer.encode(text)]
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids that a prompt is fed to the model as. How a prompt begins is decided here and nowhere else.
+
+        A text begins with `opening`. A conversation is rendered by the template, which says itself how it begins, and ends
+        with the opening of the assistant's next message.
+
+        Raises:
+            ValueError: a conversation, and the engine has no template; or the template refuses the conversation.
+        """
+        if isinstance(prompt, str):
+            return [*self.opening, *self.tokenizer.encode(prompt)]
+        if self.template is None:
+            raise ValueError(
+                "this engine has no chat template, so it cannot render messages: ask with a text, or give template=… "
+                "(load_pretrained returns the model's as chat_template)"
+            )
+        return encode_chat(prompt, self.template, self.tokenizer).ids
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers of this engine besides the code, as plain values: for the header of a trace file."""
+        return {
+            "model": model_fingerprint(self.model),
+            "tokenizer": self.tokenizer.fingerprint,
+            "template": None if self.template is None else hashlib.sha256(self.template.encode("utf-8")).hexdigest(),
+            "context_length": self.model.context_length,
+            "opening": self.opening,
+            "ends": sorted(self.ends),
+        }
+
+    def weights_changed(self) -> None:
+        """Forget what was computed with the old weights. Needed after changes that cached.Weights does not see."""
+        if self.prefix is not None:
+            self.prefix.clear()
+
+    def decoder(self, *, prefix: PrefixCache | None = None) -> Decoder:
+        """A loop of one's own, whose rows join and leave at any time: for serving, tools and agents."""
+        reader = Cached(self.model, prefix) if self.cached else None
+        return Decoder(self.model, self.tokenizer, self.ends, next_logits=reader)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, indices: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        indices: Sequence[int] | None = None,
+        forced: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Completion]]:
         """`params.n` completions of each prompt.
 
         Args:
-            prompts: token ids, at least one each (an empty text still begins with end-of-text).
+            prompts: texts, conversations, or ids, at least one each (an empty text still begins with end-of-text).
+            params: for all prompts, or one for each.
             indices: the number of each prompt for its random draws; its position by default. Give the problem's own
                 number when only some of a set are run, so that a resumed run draws what the first would have drawn.
+            forced: for each prompt, the ids that its completions begin with, as if the model had drawn them.
+        Raises:
+            ValueError: a prompt is empty, or one of the lists has another length than `prompts`.
         """
+        every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         indices = range(len(prompts)) if indices is None else indices
-        if len(indices) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many indices, got {len(indices)}")
-        _check_not_empty(prompts)
+        forced = [()] * len(prompts) if forced is None else forced
+        for name, given in (("indices", indices), ("params", every), ("forced", forced)):
+            if len(given) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts need as many {name}, got {len(given)}")
+        tokens = self._ids_of(prompts)
         rows = [
-            _new_row(i * params.n + k, prompt, params, indices[i], k)
-            for i, prompt in enumerate(prompts)
-            for k in range(params.n)
+            [GrowingRow(ids, one, index, k, start) for k in range(one.n)]
+            for ids, one, index, start in zip(tokens, every, indices, forced, strict=True)
         ]
-        done: list[Completion | None] = [None] * len(rows)
-        rows.sort(key=lambda row: (len(row.tokens), row.tokens))  # little padding, and equal prompts side by side
-        for first in range(0, len(rows), self.batch_size):
-            batch, start = rows[first : first + self.batch_size], time.perf_counter()
-            for _ in self._steps(batch, params):
-                pass
-            seconds = (time.perf_counter() - start) / len(batch)
-            for row in batch:
-                done[row.place] = Completion(
-                    ids=row.tokens[row.prompt_tokens :],
-                    text=row.raw.decode("utf-8", errors="replace"),
-                    logprobs=row.logprobs if params.logprobs else None,
-                    finish_reason=row.reason,
-                    prompt_tokens=row.prompt_tokens,
-                    seconds=seconds,
-                )
-        return [done[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
+        waiting = [row for samples in rows for row in samples]
+        waiting.sort(key=lambda row: (len(row.tokens), row.tokens))  # little padding, and equal prompts side by side
+        seconds: dict[GrowingRow, float] = {}
+        for first in range(0, len(waiting), self.batch_size):
+            batch, start = waiting[first : first + self.batch_size], time.perf_counter()
+            # Each batch runs to its end before the next one begins. Rows that joined where others left would keep the batch
+            # full, but each arrival copies the cache; `decoder` is there for work that comes in as it comes.
+            loop = self.decoder()
+            loop.add(batch)
+            while loop.rows:
+                loop.step()
+            seconds.update(dict.fromkeys(batch, (time.perf_counter() - start) / len(batch)))
+        return [[completion_of(row, seconds[row]) for row in samples] for samples in rows]
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams, *, index: int = 0) -> Iterator[str]:
+    def stream(self, prompt: Prompt | Sequence[int], params: SamplingParams, *, index: int = 0) -> Iterator[str]:
         """The text of one completion in pieces, each as soon as it is certain. Together they are `generate`'s text.
 
-        Held back: bytes of a character that is not complete, and what may be the beginning of a stop text.
+        Bytes of a character that is not complete are held back, and so is what may be the beginning of a stop text.
 
         Args:
             params: with n = 1.
             index: the number of the prompt for its random draws, as in `generate`.
+        Raises:
+            ValueError: n is not 1, or the prompt is empty; at once, not at the first piece.
         """
         if params.n != 1:
             raise ValueError(f"a stream is one completion, and n is {params.n}: set n=1, or use generate")
-        _check_not_empty([prompt])
-        return self._pieces(_new_row(0, prompt, params, index, 0), params)
+        (ids,) = self._ids_of([prompt])
+        return self._pieces(GrowingRow(ids, params, index))
 
-    def _pieces(self, row: Row, params: SamplingParams) -> Iterator[str]:
-        stops, sent = [text.encode("utf-8") for text in params.stop], 0
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for _ in self._steps([row], params, self.memory):
-            certain = len(row.raw) - (0 if row.reason else undecided(row.raw, stops))
-            piece = decoder.decode(row.raw[sent:certain], final=row.reason is not None)
+    def _pieces(self, row: GrowingRow) -> Iterator[str]:
+        sent, incremental = 0, codecs.getincrementaldecoder("utf-8")(errors="replace")
+        loop = self.decoder(prefix=self.prefix)
+        loop.add([row])
+        while loop.rows:
+            loop.step()
+            certain = len(row.raw) - (0 if row.reason else undecided(row.raw, row.stops))
+            piece = incremental.decode(row.raw[sent:certain], final=row.reason is not None)
             sent = certain
             if piece:
                 yield piece
 
-    @torch.inference_mode()  # torch enters it while this generator runs, and leaves it at each yield
-    def _steps(self, rows: list[Row], params: SamplingParams, memory: decode.Memory | None = None) -> Iterator[None]:
-        """Advance all rows until each has a reason to have ended. Yields after each token."""
-        stops = [text.encode("utf-8") for text in params.stop]
-        cached = Cached(self.model, params.max_tokens, memory) if self.cached else None
-        next_logits = cached or partial(recompute, self.model)
-        for step in range(params.max_tokens):
-            logits = next_logits(rows)[:, : self.tokenizer.vocab_size]  # (B, V); padded rows of the head are no tokens
-            if memory is not None:
-                cached.remember()
-            uniforms = torch.tensor([row.uniforms[step] for row in rows], dtype=torch.float64, device=logits.device)
-            tokens = sample(logits, params, uniforms)
-            if params.logprobs:
-                chosen = torch.log_softmax(logits.double(), dim=1).gather(1, tokens[:, None]).squeeze(1).tolist()
-                for row, logprob in zip(rows, chosen, strict=True):
-                    row.logprobs.append(logprob)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                row.tokens.append(token)
-                row.reason = self._reason_to_end(row, token, stops)
-                if row.reason is None and step + 1 == params.max_tokens:
-                    row.reason = "length"
-            yield
-            rows = [row for row in rows if row.reason is None]
-            if not rows:
-                return
+    def score(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+    ) -> list[TokenScores]:
+        """Log-probability of each token of `continuations[i]` after `prompts[i]`.
 
-    def _reason_to_end(self, row: Row, token: int, stops: list[bytes]) -> str | None:
-        """Why the row ends with this token, or None. Stop texts are looked for in generated bytes only."""
-        if token in self.ends:
-            return "end_of_text"
-        before = len(row.raw)
-        row.raw += self.tokenizer.token_bytes(token)
-        places = [row.raw.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
-        found = [at for at in places if at >= 0]
-        if not found:
-            return None
-        row.raw = row.raw[: min(found)]  # the earliest, whatever the order in which the stop texts were given
-        return "stop"
+        It is the natural logarithm, over the tokenizer's vocabulary.
 
-    @torch.inference_mode()
-    def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]) -> list[TokenScores]:
-        """Log-probability of each token of `continuations[i]` after `prompts[i]`, natural log.
+        At temperature 1 these are the numbers that `generate` returns as `Completion.logprobs` for the same tokens.
 
+        Args:
+            continuations: ids; an empty one has no scores.
+            temperature: divides the logits. With it the scores are those of sampling at that temperature without filters.
         Raises:
-            ValueError: a prompt is empty (the first token of nothing has no probability), or a row does not fit into the
-                context of a model that is not bounded.
+            ValueError: a prompt is empty (the first token of nothing has no probability), the temperature is not positive,
+                or a row does not fit into the context of a model that is not bounded.
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"{len(prompts)} prompts and {len(continuations)} continuations: need as many of each")
-        _check_not_empty(prompts)
-        rows = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature}: scores need a temperature above 0; 1 is the model itself")
+        starts = self._ids_of(prompts)
+        rows = [[*prompt, *continuation] for prompt, continuation in zip(starts, continuations, strict=True)]
+        for i, continuation in enumerate(continuations):
+            if len(continuation) and not 0 <= min(continuation) <= max(continuation) < self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"continuation {i} has ids from {min(continuation)} to {max(continuation)}, outside the "
+                    f"{self.tokenizer.vocab_size} tokens of the tokenizer: they have no probability"
+                )
         for i, row in enumerate(rows):  # the last token is scored, not shown
             if not is_bounded(self.model) and len(row) - 1 > self.model.context_length:
                 raise ValueError(
@@ -217,15 +224,34 @@ class Engine:
                     "(common.evaluation.text.score_documents)"
                 )
         scores = [TokenScores([])] * len(rows)
-        for batch in self._batches([len(row) if len(continuations[i]) else 0 for i, row in enumerate(rows)]):
-            ids, pad_mask = padded([rows[i] for i in batch], left=False, device=device_of(self.model))
-            logits = self.model(ids[:, :-1], pad_mask=pad_mask[:, :-1]).logits  # (B, T - 1, V)
-            for row, i in enumerate(batch):
-                scored = slice(len(prompts[i]), len(rows[i]))
-                before = slice(scored.start - 1, scored.stop - 1)  # position t scores token t + 1
-                logprobs = torch.log_softmax(logits[row, before].double(), dim=-1)
-                scores[i] = TokenScores(logprobs.gather(1, ids[row, scored, None]).squeeze(1).tolist())
+        with evaluation_mode(modules_of(self.model)), torch.inference_mode():
+            for batch in self._batches([len(row) if len(continuations[i]) else 0 for i, row in enumerate(rows)]):
+                # Padding on the right: a position depends on earlier tokens alone, so nothing real sees it.
+                ids, pad_mask = padded([rows[i] for i in batch], left=False, device=device_of(self.model))
+                logits = self.model(ids[:, :-1], pad_mask=pad_mask[:, :-1]).logits  # (B, T - 1, V)
+                for row, i in enumerate(batch):
+                    scored = slice(len(starts[i]), len(rows[i]))
+                    before = slice(scored.start - 1, scored.stop - 1)  # position t scores token t + 1
+                    logprobs = token_logprobs(
+                        logits[row, before],
+                        ids[row, scored],
+                        vocab_size=self.tokenizer.vocab_size,
+                        temperature=temperature,
+                    )
+                    scores[i] = TokenScores(logprobs.tolist())
         return scores
+
+    def _ids_of(self, prompts: Sequence[Prompt | Sequence[int]]) -> list[list[int]]:
+        """The ids of each prompt. Raises ValueError that names the first empty one."""
+        made = []
+        for i, prompt in enumerate(prompts):
+            # A conversation is a sequence of mappings, which hold no ids; an empty list is empty whichever it was meant as.
+            asked = isinstance(prompt, str) or (len(prompt) > 0 and hasattr(prompt[0], "keys"))
+            ids = self.encode(prompt) if asked else [int(token) for token in prompt]
+            if not ids:
+                raise ValueError(f"prompt {i} is empty: begin it with the end-of-text token (Engine.encode does)")
+            made.append(ids)
+        return made
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Numbers of the rows that are not empty, by length, in batches whose logits fit into LOGITS_AT_ONCE."""
@@ -240,6 +266,26 @@ class Engine:
             yield batch
 
 
+def completion_of(row: GrowingRow, seconds: float = 0.0) -> Completion:
+    """What an ended row of a Decoder has written.
+
+    Raises:
+        ValueError: the row has not ended.
+    """
+    if row.reason is None:
+        raise ValueError("this row has not ended: take rows that Decoder.step returned")
+    return Completion(
+        ids=row.tokens[row.prompt_tokens :],
+        text=row.raw.decode("utf-8", errors="replace"),
+        logprobs=row.logprobs if row.params.logprobs else None,
+        finish_reason=row.reason,
+        prompt_tokens=row.prompt_tokens,
+        seconds=seconds,
+        sampled_logprobs=row.sampled_logprobs if row.params.logprobs else None,
+        forced=row.was_forced if any(row.was_forced) else None,
+    )
+
+
 def undecided(raw: bytes, stops: Sequence[bytes]) -> int:
     """How many of the last bytes may be the beginning of a stop text.
 
@@ -247,15 +293,3 @@ def undecided(raw: bytes, stops: Sequence[bytes]) -> int:
     2
     """
     return max((k for stop in stops for k in range(1, len(stop)) if raw.endswith(stop[:k])), default=0)
-
-
-def _new_row(place: int, prompt: Sequence[int], params: SamplingParams, index: int, k: int) -> Row:
-    """Sample k of the prompt with this index."""
-    uniforms = uniform_numbers(params.seed, index, k, params.max_tokens)
-    return Row(place, [int(token) for token in prompt], len(prompt), uniforms)
-
-
-def _check_not_empty(prompts: Sequence[Sequence[int]]) -> None:
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: begin it with the end-of-text token (Engine.encode does)")

@@ -1,7 +1,7 @@
 """From logits to a token: one definition of temperature, top-k, top-p and min-p, and one source of randomness.
 
-Randomness is an input, not a side effect: each row brings a number in [0, 1) that is looked up in the cumulative
-distribution. So a row's token depends on its own logits and its own number, never on its neighbours in the batch.
+Randomness is an input, not a side effect: each row brings a number in [0, 1), which is looked up in the cumulative
+distribution. A row's token therefore depends on its own logits and its own number, never on its neighbours in the batch.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ class SamplingParams:
     """How to sample. `temperature=0` is greedy, exactly. Order: temperature, top-k, top-p, min-p.
 
     Attributes:
+        temperature: divides the logits before the softmax; 0 takes the first maximum.
         top_k: keep the k most probable tokens, exactly k; on a tie the smaller id stays. None keeps all.
         top_p: keep the smallest set of most probable tokens whose probabilities reach top_p (Holtzman et al. 2019).
         min_p: drop tokens below min_p times the largest probability.
-        max_tokens: stop after this many generated tokens.
-        stop: stop when the generated text (never the prompt) contains one of these; it is cut off.
-        n: samples for each prompt.
+        max_tokens: stop after this many tokens behind the prompt; forced tokens count.
+        stop: stop when the generated text (never the prompt) contains one of these; the text is cut off before it.
+        n: how many samples of each prompt.
         seed: sample k of prompt i depends on (seed, i, k) alone.
-        logprobs: also return the model's log-probability of each token: natural log, before temperature and filters,
-            equal to what `Engine.score` returns for the same tokens.
+        logprobs: fill `Completion.logprobs` (of the model, at temperature 1 and without filters, as `Engine.score` computes
+            them) and `Completion.sampled_logprobs` (of the distribution that was drawn from).
     """
 
     temperature: float = 1.0
@@ -37,6 +38,11 @@ class SamplingParams:
     n: int = 1
     seed: int = 0
     logprobs: bool = False
+
+    @property
+    def distribution(self) -> tuple[float, int | None, float, float]:
+        """The fields that decide what is drawn from; rows that agree in them can be drawn together."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
     def __post_init__(self) -> None:
         rules = {
@@ -76,17 +82,32 @@ def probabilities(logits: Float[Tensor, "B V"], params: SamplingParams) -> Float
     return p / p.sum(dim=1, keepdim=True)
 
 
-def sample(logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
-    """One token a row: the first whose cumulative probability exceeds the row's number in [0, 1)."""
+def sample(
+    logits: Float[Tensor, "B V"], params: SamplingParams, uniforms: Float[Tensor, "B"]
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"] | None]:
+    """Draw one token for each row.
+
+    The token is the first whose cumulative probability exceeds the row's number in [0, 1).
+
+    Returns:
+        (ids, logprobs): the tokens; and if `params.logprobs`, else None, the natural logarithm of the probability with which
+        each was drawn, after temperature and filters. A greedy token is certain: 0.
+    """
     if params.temperature == 0:
-        return logits.argmax(dim=1)
-    cumulative = probabilities(logits, params).cumsum(dim=1)
+        ids = logits.argmax(dim=1)
+        return ids, torch.zeros(len(ids), dtype=torch.float64) if params.logprobs else None
+    p = probabilities(logits, params)
+    cumulative = p.cumsum(dim=1)
     total = cumulative[:, -1:]
     # A number that rounded up to 1 must not fall off the end, onto a token of probability zero.
     target = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    ids = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
+    return ids.squeeze(1), p.gather(1, ids).squeeze(1).log() if params.logprobs else None
 
 
 def uniform_numbers(seed: int, index: int, sample_index: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) for one sample of one prompt. A longer draw begins with the shorter one."""
+    """`count` numbers in [0, 1) for one sample of one prompt, one for each position after the prompt.
+
+    A longer draw begins with the shorter one, so `max_tokens` does not change the text.
+    """
     return np.random.default_rng((seed, index, sample_index)).random(count)

@@ -131,6 +131,60 @@ class Cache:
         copy.length, copy.has_pads, copy.has_documents = self.length, self.has_pads, self.has_documents
         return copy
 
+    @classmethod
+    def gather(cls, parts: Sequence[tuple[Self, Sequence[int]]], *, capacity: int | None = None) -> Self:
+        """One new cache of chosen rows of several caches, so that rows which began at different times can run together.
+
+        All rows are moved flush right: they end at the same place, as the next token needs it. Padding that every chosen row
+        has on its left is dropped. Positions do not change, because they count real tokens and not places.
+
+        Args:
+            parts: (cache, numbers of its rows) for each source; the rows come out in this order. All caches must be of one
+                model, and padding must be on the left.
+            capacity: places of the new cache; by default as many as are used.
+        Raises:
+            ValueError: no rows, rows that do not exist, caches of different models, or too small a capacity.
+        """
+        parts = [(cache, list(rows)) for cache, rows in parts if len(rows)]
+        if not parts:
+            raise ValueError("no rows to gather: name at least one")
+        first = parts[0][0]
+        for cache, rows in parts:
+            if cache.config != first.config:
+                raise ValueError("these caches were made for different models: their rows cannot run together")
+            if min(rows) < 0 or max(rows) >= cache.batch:
+                raise ValueError(f"rows must name some of 0 to {cache.batch - 1}, got {rows}")
+        # The longest chosen row decides how many places are used: what every row has as padding before that is dropped.
+        used = max(cache.length - int(cache._left_padding()[rows].min()) for cache, rows in parts)
+        capacity = max(used, 1) if capacity is None else capacity
+        if capacity < used:
+            raise ValueError(f"{used} tokens do not fit into a capacity of {capacity}")
+        sample = first.layers[0][0]
+        batch = sum(len(rows) for _, rows in parts)
+        made = cls(first.config, batch, capacity, dtype=sample.dtype, device=sample.device)
+        made.pad_mask[:, :used] = True  # what no source fills is padding
+        start = 0
+        for cache, rows in parts:
+            count = min(used, cache.length)  # columns that this source brings, the newest ones
+            source, place = slice(cache.length - count, cache.length), slice(used - count, used)
+            target = slice(start, start + len(rows))
+            index = torch.as_tensor(rows, device=cache.pad_mask.device)
+            for theirs, mine in zip(cache.layers, made.layers, strict=True):
+                for old, new in zip(theirs, mine, strict=True):
+                    new[target, :, place] = old[index, :, source]
+            made.pad_mask[target, place] = cache.pad_mask[index, source]
+            made.document_ids[target, place] = cache.document_ids[index, source]
+            start += len(rows)
+        made.length = used
+        made.has_pads = bool(made.pad_mask[:, :used].any())
+        made.has_documents = any(cache.has_documents for cache, _ in parts)
+        return made
+
+    def _left_padding(self) -> Tensor:
+        """How many places each row has before its first real token, (B,)."""
+        real = ~self.pad_mask[:, : self.length]
+        return torch.where(real.any(dim=1), real.int().argmax(dim=1), self.length)
+
     @property
     def nbytes(self) -> int:
         """Bytes reserved for keys and values, used or not."""

@@ -173,7 +173,7 @@ def loading_mistakes(
 
     def look(name: str, wrong: Transformer, note: str) -> None:
         score = score_documents(wrong, words, [document]).mean()
-        ((completion,),) = Engine(wrong, words).generate([words.encode(prompt)], params)
+        ((completion,),) = Engine(wrong, words, opening=()).generate([prompt], params)  # as transformers begins
         rows.append(number(f"loaded wrongly: {name}", score, "bits per byte", note))
         samples.append({"title": f"Loaded wrongly: {name}", "text": prompt + completion.text})
         shown[name] = score

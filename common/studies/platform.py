@@ -143,8 +143,8 @@ def greedy_parity(
 
     Both run all prompts in one batch, with padding on the left.
     """
-    engine = Engine(prepacked(loaded.model), loaded.tokenizer)
-    ids = [loaded.tokenizer.encode(prompt) for prompt in prompts]
+    engine = Engine(prepacked(loaded.model), loaded.tokenizer, opening=())  # transformers puts nothing in front, either
+    ids = [engine.encode(prompt) for prompt in prompts]
     room = loaded.model.context_length - max(map(len, ids))  # beyond it, each engine has rules of its own
     params = SamplingParams(temperature=0, max_tokens=max(1, min(tokens, room)))
     ours = [completion for (completion,) in engine.generate(ids, params)]

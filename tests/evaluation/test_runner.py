@@ -119,7 +119,7 @@ def test_another_model_is_another_evaluation(adder, tokenizer, tmp_path):
     path = tmp_path / "t.jsonl"
     evaluate(TASK, WARM, adder, 5, split="train", trace_path=path)
     other = Engine(adder.model.truncated(3), tokenizer)
-    with pytest.raises(ValueError, match="model differ"):
+    with pytest.raises(ValueError, match=r"\(model, context_length differ\)"):
         evaluate(TASK, WARM, other, 5, split="train", trace_path=path)
 
 
@@ -165,7 +165,7 @@ def test_traces_are_json_and_readable(adder, tmp_path):
     path = tmp_path / "t.jsonl"
     evaluate(TASK, Ask(TASK), adder, 3, split="train", trace_path=path)
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert set(header) == {"model", "tokenizer", "task", "strategy", "split", "code"}
+    assert set(header) == {*adder.identity(), "task", "strategy", "split", "code"}
     assert len(lines) == 3
     assert trace_text(lines[0]).splitlines()[-1].endswith("right (equal as numbers)")
 

@@ -24,14 +24,15 @@ def model(context=512, **more):
 
 
 def talk(engine, template=CHATML, tokens=12):
-    conversation = Conversation(engine, template)
+    engine.template = template
+    conversation = Conversation(engine)
     params = SamplingParams(temperature=1.0, max_tokens=tokens, seed=5)
     return ["".join(conversation.reply(text, params)) for text in TURNS], conversation
 
 
 def without_memory(network):
     engine = chat_engine(network, WORDS)
-    engine.memory = None
+    engine.prefix = None
     return engine
 
 
@@ -55,7 +56,7 @@ def test_a_turn_reads_only_what_is_new():
     params = SamplingParams(temperature=0, max_tokens=4)
     list(engine.stream(first, params))
     assert read[0] == len(first)
-    said = engine.memory.tokens
+    said = engine.prefix.tokens
     read.clear()
     list(engine.stream([*said, *WORDS.encode("Long")], params))
     assert read[0] == len("Long")
@@ -96,13 +97,13 @@ class Scripted(torch.nn.Module):
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 def test_a_turn_ends_where_the_model_ends_it(end):
     script = [*WORDS.encode("Nay."), WORDS.specials[end], *WORDS.encode("never said")]
-    conversation = Conversation(chat_engine(Scripted(script), WORDS), CHATML)
+    conversation = Conversation(chat_engine(Scripted(script), WORDS, CHATML))
     assert "".join(conversation.reply("Who?", SamplingParams(temperature=0, max_tokens=20))) == "Nay."
     assert conversation.messages == [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nay."}]
 
 
 def test_a_reply_that_is_broken_off_is_kept_as_far_as_it_came():
-    conversation = Conversation(chat_engine(Scripted(WORDS.encode("answer me")), WORDS), CHATML)
+    conversation = Conversation(chat_engine(Scripted(WORDS.encode("answer me")), WORDS, CHATML))
     pieces = conversation.reply("Who?", SamplingParams(temperature=0, max_tokens=9))
     got = "".join(itertools.islice(pieces, 6))
     pieces.close()
@@ -111,7 +112,7 @@ def test_a_reply_that_is_broken_off_is_kept_as_far_as_it_came():
 
 
 def test_what_does_not_fit_is_refused_and_not_kept():
-    conversation = Conversation(chat_engine(model(context=40), WORDS), CHATML)
+    conversation = Conversation(chat_engine(model(context=40), WORDS, CHATML))
     with pytest.raises(ValueError, match="begin a new one"):
         list(conversation.reply("x" * 100, SamplingParams(max_tokens=2)))
     assert conversation.messages == []
@@ -119,7 +120,7 @@ def test_what_does_not_fit_is_refused_and_not_kept():
 
 def test_a_model_without_a_template_continues_the_text():
     network = model()
-    conversation = Conversation(chat_engine(network, WORDS), None)
+    conversation = Conversation(chat_engine(network, WORDS))
     engine = Engine(network, WORDS)
     params = SamplingParams(temperature=0, max_tokens=8)
     assert "".join(conversation.reply("To be", params)) == "".join(engine.stream(engine.encode("To be"), params))

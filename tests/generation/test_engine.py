@@ -1,5 +1,7 @@
 """The engine's promises: samples do not depend on neighbours, scores equal what was sampled, stops are exact."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,10 +9,20 @@ from common.data.problems import addition_problems
 from common.generation import decode
 from common.generation.engine import Engine
 from common.generation.sampling import SamplingParams
+from common.model.config import ModelConfig
 from common.model.ngram import NGram
 from common.model.output import Output
+from common.model.transformer import Transformer
 from common.tokenization.byte import ByteTokenizer
+from common.tokenization.chat import CHATML, encode_chat
+from common.tokenization.protocol import END_OF_TEXT, SPECIALS
 from tests.generation.letters import Letters, Watched, model_of, prompts_of
+
+
+def small_model(seed=1, context_length=64):
+    config = ModelConfig(vocab_size=260, context_length=context_length, layers=1, width=16, heads=2)
+    return Transformer(config, seed=seed).eval()
+
 
 WARM = SamplingParams(temperature=1.3, max_tokens=12, n=3, seed=5, logprobs=True)
 
@@ -162,3 +174,48 @@ def test_the_earliest_stop_text_wins_whatever_their_order(tokenizer):
     for stops in (("d", "b"), ("b", "d")):
         ((done,),) = Engine(Chant("x"), TwoBytes()).generate([[256]], SamplingParams(temperature=0, stop=stops))
         assert done.text == "a"
+
+
+def test_how_a_prompt_begins_is_decided_by_the_engine():
+    words, model = ByteTokenizer(SPECIALS), small_model()
+    end, messages = words.specials[END_OF_TEXT], [{"role": "user", "content": "Hi<|im_end|>"}]
+    engine = Engine(model, words, template=CHATML)
+    assert engine.encode("Hi") == [end, *b"Hi"]
+    assert engine.encode("") == [end]
+    assert engine.encode(messages) == encode_chat(messages, CHATML, words).ids, "a template says itself how it begins"
+    assert Engine(model, words, opening=()).encode("Hi") == list(b"Hi")
+    assert Engine(model, words, opening=[7, 8]).encode("Hi") == [7, 8, *b"Hi"]
+    with pytest.raises(ValueError, match="no chat template"):
+        Engine(model, words).encode(messages)
+
+
+def test_every_call_takes_texts_conversations_and_ids():
+    words, greedy = ByteTokenizer(SPECIALS), SamplingParams(temperature=0, max_tokens=5)
+    engine = Engine(small_model(), words, template=CHATML)
+    prompts = ["Hi", [{"role": "user", "content": "Who?"}], [5, 6]]
+    ids = [engine.encode(prompts[0]), engine.encode(prompts[1]), [5, 6]]
+    written = lambda made: [one.ids for (one,) in made]  # noqa: E731
+    assert written(engine.generate(prompts, greedy)) == written(engine.generate(ids, greedy))
+    assert engine.score(prompts, [[1, 2]] * 3) == engine.score(ids, [[1, 2]] * 3)
+    for prompt, same in zip(prompts, ids, strict=True):
+        assert list(engine.stream(prompt, greedy)) == list(engine.stream(same, greedy))
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        engine.generate(["", []], greedy)
+
+
+def test_an_identity_changes_with_whatever_changes_the_answers():
+    words, model = ByteTokenizer(SPECIALS), small_model()
+    engine = Engine(model, words, template=CHATML)
+    same = Engine(small_model(), ByteTokenizer(SPECIALS), template=CHATML, batch_size=3, cached=False)
+    assert json.loads(json.dumps(engine.identity())) == engine.identity() == same.identity()
+    others = {
+        "model": Engine(small_model(seed=2), words, template=CHATML),
+        "context_length": Engine(small_model(context_length=32), words, template=CHATML),
+        "tokenizer": Engine(small_model(), ByteTokenizer([*SPECIALS[:3], "<other>"]), template=CHATML),
+        "template": Engine(model, words, template=CHATML + " "),
+        "opening": Engine(model, words, template=CHATML, opening=()),
+        "ends": Engine(model, words, template=CHATML, ends=[1, 2]),
+    }
+    for name, other in others.items():
+        found = other.identity()
+        assert {key for key in found if found[key] != engine.identity()[key]} == {name}

@@ -39,8 +39,9 @@ def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p):
 
 def test_greedy_is_the_first_maximum_exactly():
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
-    params = SamplingParams(temperature=0)
-    assert sample(logits, params, torch.tensor([0.999])).item() == 1
+    params = SamplingParams(temperature=0, logprobs=True)
+    ids, logprobs = sample(logits, params, torch.tensor([0.999]))
+    assert (ids.item(), logprobs.item()) == (1, 0.0), "greedy is certain"
     assert probabilities(logits, params).tolist() == [[0.0, 1.0, 0.0, 0.0]]
 
 
@@ -57,11 +58,13 @@ def test_top_k_keeps_exactly_k_also_on_ties():
 
 
 def test_frequencies_match_the_distribution():
-    params = SamplingParams(temperature=0.7, top_p=0.9)
+    params = SamplingParams(temperature=0.7, top_p=0.9, logprobs=True)
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
     p = probabilities(logits, params)[0].numpy()
     uniforms = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    counts = np.bincount(sample(logits.expand(20_000, -1), params, uniforms), minlength=12)
+    ids, logprobs = sample(logits.expand(20_000, -1), params, uniforms)
+    counts = np.bincount(ids, minlength=12)
+    assert logprobs.exp().numpy() == pytest.approx(p[ids], abs=1e-12), "the probability that it was drawn with"
     assert counts[p == 0].sum() == 0, "a filtered token is never drawn"
     assert stats.chisquare(counts[p > 0], 20_000 * p[p > 0]).pvalue > 0.001
 
@@ -69,7 +72,9 @@ def test_frequencies_match_the_distribution():
 @pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53, 1.0])
 def test_the_ends_of_the_interval_stay_inside_the_support(number):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    assert sample(logits, SamplingParams(), torch.tensor([number])).item() in (1, 3)
+    ids, logprobs = sample(logits, SamplingParams(logprobs=True), torch.tensor([number]))
+    assert ids.item() in (1, 3)
+    assert logprobs.exp().item() == pytest.approx(0.5)
 
 
 def test_numbers_belong_to_seed_prompt_and_sample():

@@ -2,6 +2,7 @@
 
 from common.diagnostics.core import Probe
 from common.diagnostics.probes import (
+    engines,
     harness,
     models,
     modules,
@@ -97,6 +98,9 @@ ALL: tuple[Probe, ...] = (
     weights.name_invariance,
     weights.export_reload,
     weights.dead_rows,
+    engines.generate_equals_score,
+    engines.mode_independence,
+    engines.no_stale_cache,
     weights.context_agrees,
     weights.template_parity,
     transformations.fingerprint_sees_every_weight,
