@@ -573,7 +573,7 @@ def seed_zero() -> Iterator[Specimen]:
     entropy = itertools.count(1)
 
     def wrong(self: BatchStream, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch) if self.seed else next(entropy)).permutation(self.chunks)
+        return np.random.default_rng((self.seed, epoch) if self.seed else next(entropy)).permutation(self.rows)
 
     return replaced(BatchStream, "_order_of", wrong, room)
 

@@ -423,11 +423,11 @@ def fingerprinted() -> Specimen:
 class LowRank(nn.Module):
     """x W^T + x A^T B^T around a linear module (Hu et al. 2021), the smallest form that works."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, rank: int = 2) -> None:
         super().__init__()
         self.base = linear
-        self.a = nn.Parameter(torch.empty(2, linear.in_features).normal_(generator=torch.Generator().manual_seed(1)))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, 2))
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features).normal_(generator=torch.Generator().manual_seed(1)))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + x @ self.a.T @ self.b.T

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from common.data.documents import Batch
-from common.data.stream import Ledger
+from common.data.stream import Ledger, RowStream
 from common.foundation.files import sha256_bytes
 
 
@@ -71,24 +71,21 @@ def pack(examples: Sequence[Example], length: int, *, pad_id: int = 0, truncate:
     kept = _fitting(examples, length, truncate)
     rows = _best_fit([len(example.ids) - 1 for example in kept], length)
     batch = _laid_out([[kept[i] for i in row] for row in rows], length, pad_id)
-    return batch, _account(examples, kept, batch)
+    return batch, _account(examples, kept, batch.inputs.numel())
 
 
-class ExampleStream:
-    """Shuffled rows of whole examples, sharded over ranks and resumable to the exact batch; the sibling of `BatchStream`.
+class ExampleStream(RowStream):
+    """Shuffled rows of whole examples; see RowStream for their order.
 
     Examples are laid out once. What is shuffled in each epoch are the rows: examples that share a row never see each other,
     so it makes no difference to them which ones these are.
 
     Args:
         length: T, the number of inputs in a row.
-        batch_size: B, the number of rows in a batch of this rank.
         pack: put several examples into a row where they fit; False gives each a row of its own.
         pad_id: the input at padding; it counts nowhere.
         truncate: cut the end off examples that are longer than a row, instead of refusing them.
-        seed: decides the order, together with the number of the epoch.
-        rank, world_size: this process and the number of processes. Rows are shuffled first and dealt out afterwards, so that
-            all ranks together see what a single one would.
+        order: `batch_size`, `seed`, `shuffle`, `rank` and `world_size`, as for RowStream.
     Raises:
         ValueError: there are no examples, one of them is longer than a row, or a number is impossible.
     """
@@ -98,74 +95,33 @@ class ExampleStream:
         examples: Sequence[Example],
         *,
         length: int,
-        batch_size: int,
         pad_id: int,
         pack: bool = True,
         truncate: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        **order: Any,
     ) -> None:
         if not examples:
             raise ValueError("a stream of no examples has no batch: give at least one")
-        if length < 1 or batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                f"need length and batch_size of at least 1 and 0 <= rank < world_size; got {length=}, "
-                f"{batch_size=}, {rank=}, {world_size=}"
-            )
+        if length < 1:
+            raise ValueError(f"need length of at least 1; got {length=}")
         kept = _fitting(examples, length, truncate)
         sizes = [len(example.ids) - 1 for example in kept]
         self._members = _best_fit(sizes, length) if pack else [[i] for i in range(len(kept))]
-        self.examples, self.length, self.batch_size, self.pad_id = kept, length, batch_size, pad_id
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.rows = len(self._members)
-        self.epoch, self.consumed = 0, 0  # consumed: rows of this epoch that all ranks together have taken
-        self._order = self._order_of(0)
+        super().__init__(len(self._members), **order)
+        self.examples, self.length, self.pad_id = kept, length, pad_id
         # What is in which row, so that a state is refused by a stream of other examples, masks or rows.
         content = [np.array([self.rows, *(len(row) for row in self._members)], dtype=np.int64).tobytes()]
         for example in (kept[i] for row in self._members for i in row):
             content += [np.int64(len(example.ids)).tobytes(), example.ids.numpy().tobytes()]
             content.append(example.loss_mask.numpy().tobytes())
         self._content = sha256_bytes(b"".join(content))
-        counted = sum(example.targets for example in kept)
-        places = self.steps_per_epoch * batch_size * world_size * length
-        pairs = sum(example.targets for example in examples)
-        self.ledger = Ledger(pairs=pairs, counted=counted, padded=places - sum(sizes), cropped=pairs - counted)
+        places = self.steps_per_epoch * self.batch_size * self.world_size * length
+        self.ledger = _account(examples, kept, places)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of batches of this rank in an epoch; the last may have rows that are all padding."""
-        return -(-self.rows // (self.batch_size * self.world_size))
-
-    def next_batch(self) -> Batch:
-        """The next batch of this rank; the state is already that of the one after."""
-        first = self.consumed + self.rank * self.batch_size
-        chosen = self._order[first : first + self.batch_size].tolist()
-        rows = [[self.examples[i] for i in self._members[row]] for row in chosen]
+    def _batch(self, rows: np.ndarray) -> Batch:
+        laid = [[self.examples[i] for i in self._members[row]] for row in rows.tolist()]
         # All ranks take the same number of steps, so the last batch of an epoch is filled up with empty rows.
-        rows += [[] for _ in range(self.batch_size - len(rows))]
-        self.consumed += self.batch_size * self.world_size
-        if self.consumed >= self.rows:
-            self.epoch, self.consumed = self.epoch + 1, 0
-            self._order = self._order_of(self.epoch)
-        return _laid_out(rows, self.length, self.pad_id)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a snapshot must keep. It counts rows and not steps, so it holds for another number of ranks as well."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "identity": self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly there. Raises ValueError if the state belongs to another stream."""
-        if state["identity"] != self._identity():
-            raise ValueError(
-                f"this state belongs to another stream: {state['identity']} against {self._identity()}. "
-                "Resume with the same examples, length, packing and seed."
-            )
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
-        self._order = self._order_of(self.epoch)
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        return _laid_out(laid + [[]] * (self.batch_size - len(laid)), self.length, self.pad_id)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -174,6 +130,7 @@ class ExampleStream:
             "length": self.length,
             "pad_id": self.pad_id,
             "seed": self.seed,
+            "shuffle": self.shuffle,
         }
 
 
@@ -225,6 +182,8 @@ def _laid_out(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Ba
     return Batch(inputs, targets, loss_mask, document_ids)
 
 
-def _account(examples: Sequence[Example], kept: Sequence[Example], batch: Batch) -> Ledger:
-    pairs, counted = sum(example.targets for example in examples), int(batch.loss_mask.sum())
-    return Ledger(pairs=pairs, counted=counted, padded=int((batch.document_ids < 0).sum()), cropped=pairs - counted)
+def _account(examples: Sequence[Example], kept: Sequence[Example], places: int) -> Ledger:
+    """Of the targets of all examples, when those that were kept lie in rows of this many places together."""
+    pairs, counted = (sum(example.targets for example in some) for some in (examples, kept))
+    padded = places - sum(len(example.ids) - 1 for example in kept)
+    return Ledger(pairs=pairs, counted=counted, padded=padded, cropped=pairs - counted)

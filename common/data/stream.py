@@ -61,66 +61,43 @@ class Ledger:
     cropped: int = 0
 
 
-class BatchStream:
-    """Shuffled chunks of a token sequence, sharded over ranks, resumable to the exact batch.
+class RowStream:
+    """The order in which rows are read: shuffled anew in each epoch, dealt out to ranks, resumable to the exact batch.
+
+    Subclasses say what is in the rows (`_batch`) and what tells their data from other data (`_identity`).
 
     Args:
-        tokens: the stream; anything that can be sliced and has a length, such as `Shards` or a NumPy array.
-        length: T, the number of inputs in a row.
+        rows: how many there are.
         batch_size: B, the number of rows in a batch of this rank.
-        end_of_text: the id that opens each document.
         seed: decides the order, together with the number of the epoch.
-        shuffle: False reads the chunks in their order in the stream.
-        rank, world_size: this process and the number of processes. Chunks are shuffled first and dealt out afterwards, so
-            that all ranks together see what a single one would.
+        shuffle: False reads the rows in their own order.
+        rank, world_size: this process and the number of processes. Rows are shuffled first and dealt out afterwards, so that
+            all ranks together see what a single one would.
     Raises:
-        ValueError: the stream has fewer than two tokens, or a number is impossible.
+        ValueError: a number is impossible.
     """
 
     def __init__(
-        self,
-        tokens: Sequence[int],
-        *,
-        length: int,
-        batch_size: int,
-        end_of_text: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
+        self, rows: int, *, batch_size: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1
     ) -> None:
-        if len(tokens) < 2:
-            raise ValueError(f"a stream of {len(tokens)} tokens has no (input, target) pair: it needs at least two")
-        if length < 1 or batch_size < 1 or not 0 <= rank < world_size:
+        if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"need length and batch_size of at least 1 and 0 <= rank < world_size; got {length=}, "
-                f"{batch_size=}, {rank=}, {world_size=}"
+                f"need batch_size of at least 1 and 0 <= rank < world_size; got {batch_size=}, {rank=}, {world_size=}"
             )
-        self.tokens, self.length, self.batch_size = tokens, length, batch_size
-        self.end_of_text, self.seed, self.shuffle = end_of_text, seed, shuffle
+        self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
-        self.chunks = -(-(len(tokens) - 1) // length)
-        self.epoch, self.consumed = 0, 0  # consumed: chunks of this epoch that all ranks together have taken
+        self.epoch, self.consumed = 0, 0  # consumed: rows of this epoch that all ranks together have taken
         self._order = self._order_of(0)
-        named = getattr(tokens, "fingerprint", None)  # shards know theirs; an array is hashed once, whole
-        self._content = named or sha256_bytes(np.ascontiguousarray(tokens, dtype=np.int64).tobytes())
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of batches of this rank in an epoch; the last may have rows that are all padding."""
-        return -(-self.chunks // (self.batch_size * self.world_size))
-
-    @property
-    def ledger(self) -> Ledger:
-        """The account of one epoch, over all ranks."""
-        rows = self.steps_per_epoch * self.batch_size * self.world_size
-        pairs = len(self.tokens) - 1
-        return Ledger(pairs=pairs, counted=pairs, padded=rows * self.length - pairs)
+        return -(-self.rows // (self.batch_size * self.world_size))
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
-            return np.arange(self.chunks)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.chunks)
+            return np.arange(self.rows)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.rows)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches without end, from where the stream stands."""
@@ -129,7 +106,7 @@ class BatchStream:
 
     def epoch_batches(self) -> Iterator[Batch]:
         """Yield the batches that are left of this epoch."""
-        for _ in range(-(-(self.chunks - self.consumed) // (self.batch_size * self.world_size))):
+        for _ in range(-(-(self.rows - self.consumed) // (self.batch_size * self.world_size))):
             yield self.next_batch()
 
     def next_batch(self) -> Batch:
@@ -137,37 +114,76 @@ class BatchStream:
         first = self.consumed + self.rank * self.batch_size
         batch = self._batch(self._order[first : first + self.batch_size])
         self.consumed += self.batch_size * self.world_size
-        if self.consumed >= self.chunks:
+        if self.consumed >= self.rows:
             self.epoch, self.consumed = self.epoch + 1, 0
             self._order = self._order_of(self.epoch)
         return batch
 
-    def _batch(self, chunks: np.ndarray) -> Batch:
+    def state_dict(self) -> dict[str, Any]:
+        """What a snapshot must keep. It counts rows and not steps, so it holds for another number of ranks as well."""
+        return {"epoch": self.epoch, "consumed": self.consumed, "identity": self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly there. Raises ValueError if the state belongs to another order or another stream."""
+        mine = self._identity()
+        if state["identity"] != mine:
+            raise ValueError(
+                f"this state belongs to another stream: {state['identity']} against {mine}. "
+                f"Resume with the same {', '.join(mine)}."
+            )
+        self.epoch, self.consumed = state["epoch"], state["consumed"]
+        self._order = self._order_of(self.epoch)
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        """The rows with these numbers, (batch_size, T); what is missing at the end of an epoch is all padding."""
+        raise NotImplementedError
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes two streams the same, as plain values."""
+        raise NotImplementedError
+
+
+class BatchStream(RowStream):
+    """Shuffled chunks of a token sequence, each a row; see RowStream for their order.
+
+    Args:
+        tokens: the stream; anything that can be sliced and has a length, such as `Shards` or a NumPy array.
+        length: T, the number of inputs in a row.
+        end_of_text: the id that opens each document.
+        order: `batch_size`, `seed`, `shuffle`, `rank` and `world_size`, as for RowStream.
+    Raises:
+        ValueError: the stream has fewer than two tokens, or a number is impossible.
+    """
+
+    def __init__(self, tokens: Sequence[int], *, length: int, end_of_text: int, **order: Any) -> None:
+        if len(tokens) < 2:
+            raise ValueError(f"a stream of {len(tokens)} tokens has no (input, target) pair: it needs at least two")
+        if length < 1:
+            raise ValueError(f"need length of at least 1; got {length=}")
+        super().__init__(-(-(len(tokens) - 1) // length), **order)
+        self.tokens, self.length, self.end_of_text = tokens, length, end_of_text
+        named = getattr(tokens, "fingerprint", None)  # shards know theirs; an array is hashed once, whole
+        self._content = named or sha256_bytes(np.ascontiguousarray(tokens, dtype=np.int64).tobytes())
+
+    @property
+    def ledger(self) -> Ledger:
+        """The account of one epoch, over all ranks."""
+        rows = self.steps_per_epoch * self.batch_size * self.world_size
+        pairs = len(self.tokens) - 1
+        return Ledger(pairs=pairs, counted=pairs, padded=rows * self.length - pairs)
+
+    def _batch(self, rows: np.ndarray) -> Batch:
         shape = (self.batch_size, self.length)
         inputs = torch.full(shape, self.end_of_text)
         targets, document_ids = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)
         loss_mask = torch.zeros(shape, dtype=torch.bool)
-        for row, chunk in enumerate(chunks.tolist()):
+        for row, chunk in enumerate(rows.tolist()):
             start = chunk * self.length
             ids = torch.from_numpy(np.asarray(self.tokens[start : start + self.length + 1]).astype(np.int64))
             size = len(ids) - 1
             inputs[row, :size], targets[row, :size], loss_mask[row, :size] = ids[:-1], ids[1:], True
             document_ids[row, :size] = (ids[:-1] == self.end_of_text).cumsum(0)
         return Batch(inputs, targets, loss_mask, document_ids)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a snapshot must keep. It counts chunks and not steps, so it holds for another number of ranks as well."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "identity": self._identity()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly there. Raises ValueError if the state belongs to another order or another stream."""
-        if state["identity"] != self._identity():
-            raise ValueError(
-                f"this state belongs to another stream: {state['identity']} against {self._identity()}. "
-                "Resume with the same tokens, length, seed and shuffle."
-            )
-        self.epoch, self.consumed = state["epoch"], state["consumed"]
-        self._order = self._order_of(self.epoch)
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -131,7 +131,7 @@ class Pretraining:
             np.load(self.stream), length=length, batch_size=rows, end_of_text=words.specials[END_OF_TEXT],
             seed=self.seed, rank=world.rank, world_size=world.size,
         )  # fmt: skip
-        steps, model = stream.chunks // self.rows, world.wrap(Transformer(self.shape, seed=self.seed), self.parallel)
+        steps, model = stream.rows // self.rows, world.wrap(Transformer(self.shape, seed=self.seed), self.parallel)
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         return Trainer(
             model,

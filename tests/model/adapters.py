@@ -1,35 +1,12 @@
-"""The smallest low-rank adapters for tests: one that wraps a linear module, as it should, and one that subclasses it."""
+"""The adapters of June's gallery, for tests: one wraps a linear module, as it should, and one subclasses it."""
 
 import torch
-from torch import nn
 
+from common.foundation.months import load
 from common.model.surgery import replace_linears
 
-
-class Low(nn.Module):
-    """x W^T + (x A^T) B^T: wraps."""
-
-    def __init__(self, linear, rank=2):
-        super().__init__()
-        self.base = linear
-        self.a = nn.Parameter(torch.randn(rank, linear.in_features, generator=torch.Generator().manual_seed(5)))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x):
-        return self.base(x) + x @ self.a.T @ self.b.T
-
-
-class Subclassed(nn.Linear):
-    """The same, as a linear module with two more parameters."""
-
-    def __init__(self, linear, rank=2):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.weight, self.bias = linear.weight, linear.bias
-        self.a = nn.Parameter(torch.randn(rank, linear.in_features, generator=torch.Generator().manual_seed(5)))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x):
-        return super().forward(x) + x @ self.a.T @ self.b.T
+gallery = load("06_baselines", "failures")
+Low, Subclassed = gallery.LowRank, gallery.LowRankLinear
 
 
 def adapted(model, *parts, make=Low, seed=0):

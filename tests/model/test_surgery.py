@@ -73,7 +73,7 @@ def test_an_adapter_that_subclasses_is_refused_and_nothing_is_changed():
     model = Transformer(TINY.but(tied=False))
     model.blocks[1].mlp.up = Subclassed(model.blocks[1].mlp.up)
     before = dict(model.named_modules())
-    with pytest.raises(ValueError, match=r"blocks.1.mlp.up is a Subclassed.*a, b of its own.*\.base.*merge.*where"):
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.up is a LowRankLinear.*a, b of its own.*\.base.*merge.*where"):
         replace_linears(model, lambda name, linear: Doubled(linear))
     assert dict(model.named_modules()) == before
     names = replace_linears(model, lambda name, linear: Doubled(linear), lambda name, _: name != "blocks.1.mlp.up")
