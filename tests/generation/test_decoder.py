@@ -20,6 +20,7 @@ MIXED = [
     SamplingParams(temperature=1.7, top_k=4, max_tokens=41, seed=8),
     SamplingParams(top_p=0.8, max_tokens=17, stop=("aba",), logprobs=True),
     SamplingParams(max_tokens=30, seed=3, min_p=0.1, logprobs=True),
+    SamplingParams(max_tokens=30, seed=3),  # drawn as the first is, and no numbers kept: they cannot share a group
 ]
 
 
@@ -76,7 +77,7 @@ def test_any_order_of_joining_and_breaking_off(data):
     for _ in range(data.draw(st.integers(3, 16))):
         for _ in range(data.draw(st.integers(0, 2))):
             (prompt,) = prompts_of(data.draw(st.integers(1, 2 * CONTEXT)), seed=len(rows))
-            rows.append(GrowingRow(prompt, MIXED[data.draw(st.integers(0, 4))], len(rows)))
+            rows.append(GrowingRow(prompt, MIXED[data.draw(st.integers(0, len(MIXED) - 1))], len(rows)))
             decoder.add(rows[-1:])
         if decoder.rows and data.draw(st.integers(0, 9)) == 0:  # somebody hangs up
             broken.add(decoder.rows.pop(data.draw(st.integers(0, len(decoder.rows) - 1))))
@@ -110,7 +111,7 @@ def test_a_row_that_outgrows_the_context_is_read_again_alone():
 
 def test_params_of_its_own_for_each_prompt():
     engine = Engine(model_of(), Letters())
-    prompts = RAGGED[: len(MIXED)]
+    prompts = [RAGGED[i % len(RAGGED)] for i in range(len(MIXED))]
     counts = [SamplingParams(**{**params.__dict__, "n": 1 + i % 3}) for i, params in enumerate(MIXED)]
     together = engine.generate(prompts, counts)
     assert [len(samples) for samples in together] == [1, 2, 3, 1, 2]
