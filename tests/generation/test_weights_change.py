@@ -133,6 +133,21 @@ def test_reading_changes_nothing_and_what_is_not_seen_can_be_said():
     assert list(engine.stream(PROMPT, GREEDY)) == list(Engine(model, Letters(), ends=()).stream(PROMPT, GREEDY))
 
 
+@pytest.mark.parametrize("how", ["another parameter", "another memory"])
+def test_an_exchange_is_seen_where_the_sampled_numbers_are_the_same(how):
+    model = model_of()
+    before = Weights(model)
+    old = model.blocks[0].mlp.up.weight
+    changed = old.detach().clone()
+    changed.flatten()[1] += 1.0  # a number that is not among the sampled ones
+    if how == "another parameter":
+        model.blocks[0].mlp.up.weight = torch.nn.Parameter(changed)
+    else:
+        old.data = changed
+    assert all(map(torch.equal, Weights(model).numbers, before.numbers)), "the numbers alone do not tell"
+    assert not before.are_those_of(model)
+
+
 def test_weights_that_count_no_versions_are_never_trusted():
     with torch.inference_mode():
         model = model_of(context_length=64)
