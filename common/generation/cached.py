@@ -4,7 +4,6 @@ The rows of a batch share one cache, flush right, with padding on the left of sh
 read anew when they outgrow the context, without the other rows being read again.
 """
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +22,8 @@ class Weights:
     """The state of a model's weights at one moment, to notice later that they have changed.
 
     Three things are compared. Autograd counts every write to a tensor that it knows of: an optimizer's step, `copy_`,
-    `load_state_dict`, arithmetic in place under `no_grad`. The tensors themselves are compared, so that a parameter that was
-    exchanged, added, removed or moved is seen. And because some writes are not counted (torch's fused optimizers, `.data`,
+    `load_state_dict`, arithmetic in place under `no_grad`. Addresses are compared, so that a parameter that was exchanged,
+    added, removed or moved is seen. And because some writes are not counted (torch's fused optimizers, `.data`,
     `.numpy()`), a few numbers of each tensor are compared as well: an update of all weights cannot hide from them, a change
     of a single number can. Not seen either: weights that a module keeps outside its parameters and buffers, and changes of
     other attributes, such as an adapter that is switched off.
@@ -51,8 +50,7 @@ class Weights:
         now = Weights(model)
         return (
             self.countable
-            and len(now.tensors) == len(self.tensors)
-            and all(map(operator.is_, now.tensors, self.tensors))
+            # The old tensors are still held, so an equal address is the same memory.
             and now.addresses == self.addresses
             and now.versions == self.versions
             and all(map(torch.equal, now.numbers, self.numbers))
